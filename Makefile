@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+FARM := $(VENV)/.linked
+SOURCES := $(shell find core kernels plugins -name '*.py' -o -name '*.safetensors' -o -name '*.html' | sort)
+
+.PHONY: demo test test-all lint types bench docs clean
+
+demo: $(FARM)
+	$(VENV)/bin/peft-suite demo --out runs/demo
+
+test: $(FARM) lint types
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" --cov --cov-report=term:skip-covered
+
+test-all: $(FARM) lint types
+	OMP_NUM_THREADS=1 PEFT_SUITE_TEST_ALL=1 $(PY) -m pytest -n 2 --dist worksteal
+
+lint: $(FARM)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(FARM)
+	$(VENV)/bin/mypy -p peft_suite
+
+bench: $(FARM)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/core/run.py
+
+docs: $(FARM)
+	$(PY) docs/build.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt 'setuptools>=77' wheel
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
+	touch $@
+
+# A strict editable install links every file by name: link again when files come or go.
+$(FARM): $(STAMP) $(SOURCES)
+	rm -rf build
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs site *.egg-info
