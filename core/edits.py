@@ -1,0 +1,317 @@
+"""Reversible edits: how an adapter attaches itself to a frozen model without changing it.
+
+Per module there is at most one resident object of each kind. It lives while any adapter exists; switching adapters only
+replaces its ``active`` tuple, so that compiled models (which skip hook guards) see every switch.
+
+==============  ====================================================  =============================
+edit            the part computes                                     resident object
+==============  ====================================================  =============================
+before          ``x = part(x)`` on a module's input stream            forward pre-hook
+after           ``y = part(y)`` on a module's output stream           forward hook
+beside          ``y = part(y, x)`` from output and input              forward hook
+branch          ``h = h + part(x)``, x the un-normalised residual     forward override of the block
+reweigh         ``weight, bias = part(weight, bias)``                 forward override of the module
+own             a trained copy of parameters                          reweigh, or a shadow
+==============  ====================================================  =============================
+
+The order at one module is: before, weight, after; each in the order of activation. Merging folds in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from peft_suite.anatomy import Functional
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Beside", "Edit", "Part", "functional_of"]
+
+Kind = Literal["before", "after", "beside", "branch", "reweigh", "shadow"]
+
+
+class Part(nn.Module):
+    """A trainable piece of an adapter. Subclasses define ``forward`` and, where it folds into weights, ``fold``.
+
+    Parts are kept in float32 whatever the backbone's dtype; inputs are cast to the part's dtype and outputs back. A part
+    reads its parameters only inside ``forward``, so that sharding and offloading it works.
+
+    Attributes:
+        foldable: ``fold`` is exact.
+        decay: False keeps all its parameters out of weight decay.
+        replaces: number of base parameter values that the part stands in for (they are not counted twice).
+    """
+
+    foldable: bool = False
+    decay: bool = True
+    replaces: int = 0
+    compute: torch.dtype = torch.float32
+
+    def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """New (weight, bias) of ``module`` that make it compute what module and part compute together."""
+        raise NotImplementedError(f"{type(self).__name__} does not fold")
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Part:
+        super()._apply(fn, recurse)
+        self.compute = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        return self
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One recorded edit: what kind, at which module, with which part under which key of the adapter.
+
+    ``argument`` and ``output`` name the stream (see :class:`peft_suite.Point`); ``branch`` the residual branch.
+    """
+
+    kind: Kind
+    path: str
+    key: str
+    part: Part
+    argument: int | str = 0
+    output: int | None = None
+    branch: str = ""
+
+
+def bordered(part: Part, y: Tensor, *more: Tensor) -> Tensor:
+    """``part(y, *more)`` computed in the part's dtype (autocast decides where it is on), returned in y's dtype."""
+    dtype = y.dtype
+    if dtype is part.compute or torch.is_autocast_enabled(y.device.type):
+        out = part(y, *more)
+    else:
+        out = part(y.to(part.compute), *[m.to(part.compute) for m in more])
+    return cast(Tensor, out.to(dtype))
+
+
+class Before:
+    """Resident pre-hook of one module: replaces its input stream by what the active parts make of it."""
+
+    def __init__(self, module: nn.Module, argument: int | str) -> None:
+        self.argument = argument
+        self.active: tuple[Part, ...] = ()
+        self.handle = module.register_forward_pre_hook(self.hook, with_kwargs=True)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            return None
+        at = self.argument
+        named = isinstance(at, str)
+        x = kwargs[at] if isinstance(at, str) else args[at]
+        for part in self.active:
+            x = bordered(part, x)
+        if named:
+            return args, {**kwargs, at: x}
+        return (*args[:at], x, *args[at + 1 :]), kwargs
+
+
+class After:
+    """Resident hook of one module: replaces its output stream by what the active parts make of it."""
+
+    def __init__(self, module: nn.Module, argument: int | str, output: int | None) -> None:
+        self.argument, self.output = argument, output
+        self.active: tuple[tuple[bool, Part], ...] = ()  # (reads the module's input too?, part)
+        self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.active:
+            return None
+        at, to = self.argument, self.output
+        y = output if to is None else output[to]
+        for beside, part in self.active:
+            if beside:
+                y = bordered(part, y, kwargs[at] if isinstance(at, str) else args[at])
+            else:
+                y = bordered(part, y)
+        return y if to is None else (*output[:to], y, *output[to + 1 :])
+
+
+class Beside:
+    """Resident forward override of one block: gives parts the un-normalised residual stream.
+
+    The anatomy's function is called as ``function(block, beside, *args, **kwargs)`` and writes
+    ``h = beside.attn(x, x + branch)`` and ``h = beside.mlp(x, x + branch)`` where the block adds its branches.
+    """
+
+    def __init__(self, block: nn.Module, function: Callable[..., Any]) -> None:
+        self.block, self.function = block, function
+        self.active: tuple[tuple[str, Part], ...] = ()
+        block.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.block, self, *args, **kwargs)
+
+    def attn(self, x: Tensor, h: Tensor) -> Tensor:
+        """Add the attention branch's parts, computed from ``x``, to the residual sum ``h``."""
+        return self._add("attn", x, h)
+
+    def mlp(self, x: Tensor, h: Tensor) -> Tensor:
+        """Add the MLP branch's parts, computed from ``x``, to the residual sum ``h``."""
+        return self._add("mlp", x, h)
+
+    def _add(self, branch: str, x: Tensor, h: Tensor) -> Tensor:
+        for name, part in self.active:
+            if name == branch:
+                h = h + bordered(part, x)
+        return h
+
+
+class Reweigh:
+    """Resident forward override of one module: its weight and bias pass through the active parts.
+
+    BatchNorm layers keep their frozen statistics in train mode while this object lives, unless an active part brings
+    its own (see :class:`BatchStatistics`).
+    """
+
+    def __init__(self, module: nn.Module, function: Functional) -> None:
+        self.module, self.function = module, function
+        self.active: tuple[Part, ...] = ()
+        self.statistics: BatchStatistics | None = None
+        module.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight, bias = self.module.weight, self.module.bias
+        for part in self.active:
+            weight, bias = part(weight, bias)
+        if self.statistics is not None:
+            return self.statistics.normalise(self.module, x, weight, bias)
+        if weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return self.function(self.module, x, weight, bias)
+        bias = None if bias is None else bias.to(weight.dtype)
+        return self.function(self.module, x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+class Shadow:
+    """Resident stand-in for parameters that a model reads directly (position embeddings, gains, unknown layers).
+
+    While active, the trained tensor lies in the module's ``__dict__`` under the parameter's name and hides the frozen
+    one from attribute look-up; the frozen parameter, its key and the module's class stay. Not usable under FSDP2, which
+    replaces parameter objects: :func:`peft_suite.verify` detects that.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.active: tuple[Part, ...] = ()
+
+    def show(self, active: tuple[Part, ...]) -> None:
+        for part in self.active:
+            for name in part._parameters:
+                self.module.__dict__.pop(name, None)
+        self.active = active
+        for part in active:
+            self.module.__dict__.update(part._parameters)
+
+
+class EvalPin:
+    """Keeps one module in eval mode through ``model.train()`` while ``active``: backbone dropout and drop path off."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.active = False
+        module.train = self.train  # type: ignore[method-assign]
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return type(self.module).train(self.module, mode and not self.active)
+
+
+class Trained(Part):
+    """A trained copy of a module's parameters: heads, norms, biases, tokens. Starts at the base values; folds exactly."""
+
+    foldable = True
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], device: torch.device | None) -> None:
+        super().__init__()
+        for name in names:
+            base = getattr(module, name)
+            dtype = torch.promote_types(base.dtype, torch.float32)
+            with torch.no_grad():
+                copy = base.detach().to(device=device or base.device, dtype=dtype, copy=True)
+            self.register_parameter(name, nn.Parameter(copy))
+        self.replaces = sum(p.numel() for p in self.parameters())
+
+    def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The trained weight and bias where they exist, the given ones where not."""
+        own = self._parameters
+        weight = own.get("weight", weight)
+        bias = own.get("bias", bias)
+        if "weight" not in own and bias is not None and weight is not None:
+            bias = bias.to(weight.dtype)
+        return weight, bias
+
+    def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Replace the base values."""
+        new_weight, new_bias = self._parameters.get("weight"), self._parameters.get("bias")
+        return (weight if new_weight is None else new_weight), (bias if new_bias is None else new_bias)
+
+
+class BatchStatistics(Part):
+    """Batch-norm statistics that move with training and belong to the adapter (buffers, saved in its file)."""
+
+    foldable = True
+
+    def __init__(self, module: nn.modules.batchnorm._BatchNorm, device: torch.device | None) -> None:
+        super().__init__()
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            base = getattr(module, name)
+            self.register_buffer(name, base.detach().to(device=device or base.device, copy=True))
+
+    def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias pass unchanged; the statistics act in :meth:`normalise`."""
+        return weight, bias
+
+    def normalise(self, module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Batch norm with these statistics, updated in train mode like torch's own layer."""
+        mean, var, count = (
+            cast(Tensor, self._buffers[n]) for n in ("running_mean", "running_var", "num_batches_tracked")
+        )
+        momentum = cast(nn.BatchNorm1d, module).momentum
+        if module.training:
+            count.add_(1)
+            momentum = 1.0 / float(count) if momentum is None else momentum
+        return F.batch_norm(
+            x, mean, var, weight, bias, module.training, momentum or 0.0, cast(nn.BatchNorm1d, module).eps
+        )
+
+
+def _linear(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.linear(x, cast(Tensor, weight), bias)
+
+
+def _conv(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return cast(Tensor, cast(Any, module)._conv_forward(x, weight, bias))
+
+
+def _layer_norm(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    norm = cast(nn.LayerNorm, module)
+    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _group_norm(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    norm = cast(nn.GroupNorm, module)
+    return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+
+
+def _frozen_batch_norm(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    norm = cast(nn.BatchNorm1d, module)
+    if norm.running_mean is None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
+
+
+_FUNCTIONALS: Mapping[Callable[..., Any], Functional] = {
+    nn.Linear.forward: _linear,
+    nn.Conv1d.forward: _conv,
+    nn.Conv2d.forward: _conv,
+    nn.Conv3d.forward: _conv,
+    nn.LayerNorm.forward: _layer_norm,
+    nn.GroupNorm.forward: _group_norm,
+    nn.modules.batchnorm._BatchNorm.forward: _frozen_batch_norm,
+}
+
+
+def functional_of(module: nn.Module, extra: Mapping[Callable[..., Any], Functional]) -> Functional | None:
+    """``f(module, x, weight, bias)`` that equals the module's forward, or None where the class is not known."""
+    forward = type(module).forward
+    return extra.get(forward) or _FUNCTIONALS.get(forward)

@@ -1,0 +1,213 @@
+"""What a method is: a configuration, declared capabilities, a ``build`` that records edits, and optional events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from peft_suite.anatomy import Anatomy, Block, Point, Weight
+from peft_suite.config import MethodConfig, parse_shorthand
+from peft_suite.edits import BatchStatistics, Edit, Part, Trained, functional_of
+from peft_suite.errors import ConfigError, UnsupportedError
+from peft_suite.plugins import find_method, resolve
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft_suite.adapter import Adapter
+
+__all__ = ["Capabilities", "Editor", "Method", "MethodSpec", "config_class", "make_method"]
+
+C = TypeVar("C", bound=MethodConfig)
+MethodSpec = str | MethodConfig | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What generic code may expect of a method; declared, never discovered.
+
+    Attributes:
+        mergeable: every edit folds into the weights exactly.
+        identity_at_init: a fresh adapter (with the head as it was) leaves the output as it is.
+        changes_sequence: adds tokens inside the model.
+        needs_geometry: needs per-sample context such as point coordinates from the backbone's blocks.
+        trains_base_entries: its values stand in for entries of frozen weights.
+        needs_calibration: ``calibrate`` must see batches before training.
+        forward_only: trained without backward.
+        backbone_eval: backbone dropout and drop path stay off while training.
+    """
+
+    mergeable: bool = False
+    identity_at_init: bool = True
+    changes_sequence: bool = False
+    needs_geometry: bool = False
+    trains_base_entries: bool = False
+    needs_calibration: bool = False
+    forward_only: bool = False
+    backbone_eval: bool = False
+
+
+class Method(Generic[C]):
+    """Base of every method. A subclass sets ``config_class``, overrides ``capabilities`` and ``build``.
+
+    Events are optional; each receives the adapter that the method built.
+    """
+
+    config_class: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    def name(self) -> str:
+        """The registered name."""
+        return self.config.method
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Declared capabilities, which may depend on the configuration."""
+        return Capabilities()
+
+    def build(self, anatomy: Anatomy, edit: Editor) -> None:
+        """Record the edits. Raise UnsupportedError, in one sentence, for what the backbone lacks."""
+        raise NotImplementedError(f"{type(self).__name__} does not define build()")
+
+    def calibrate(self, adapter: Adapter, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        """Gather statistics before training. ``loss(batch)`` runs the model; batches are streamed."""
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """A term added to the loss."""
+        return None
+
+    def before_step(self, adapter: Adapter, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called after backward and before the optimizer's step."""
+
+    def after_step(self, adapter: Adapter, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called after the optimizer's step."""
+
+    def finish(self, adapter: Adapter) -> None:
+        """Called once when training ends."""
+
+
+def config_class(name: str) -> type[MethodConfig]:
+    """The configuration class behind a method name."""
+    return cast("type[MethodConfig]", resolve(find_method(name).target).config_class)
+
+
+def make_method(spec: MethodSpec) -> Method[Any]:
+    """The method that a name, shorthand, mapping or configuration object describes.
+
+    Raises:
+        UnknownNameError: no plugin provides the name; the closest are listed.
+        ConfigError: a field is unknown, ill-typed or out of range.
+    """
+    if isinstance(spec, MethodConfig):
+        return cast("Method[Any]", resolve(find_method(spec.method).target)(spec))
+    if isinstance(spec, str):
+        name, values = parse_shorthand(spec)
+    elif isinstance(spec, Mapping):
+        values = dict(spec)
+        name = values.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"A method given as a mapping needs a 'name', got the keys {sorted(map(str, spec))}.")
+    else:
+        raise ConfigError(f"A method is a name, a mapping or a MethodConfig, not {type(spec).__name__}.")
+    entry = find_method(name)
+    cls = resolve(entry.target)
+    return cast("Method[Any]", cls(cls.config_class.from_dict({**entry.preset, **values})))
+
+
+class Editor:
+    """Records the edits of one adapter while a method builds it; the model is only read.
+
+    Parts are created on ``device`` ("meta" for a dry run). ``key`` names a part inside the adapter's file:
+    ``<module path>.<label>``.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
+        self.model, self.anatomy, self.device = model, anatomy, device
+        self.edits: list[Edit] = []
+        self._owned: dict[str, list[str]] = {}
+        self._modules = dict(model.named_modules())
+
+    def module(self, path: str) -> nn.Module:
+        """The base module at ``path``, for its shape and type; raises UnsupportedError when it does not exist."""
+        if path not in self._modules:
+            raise UnsupportedError(f"{self.anatomy.family} describes {path!r}, which this model does not have.")
+        return self._modules[path]
+
+    def before(self, point: Point, part: Part, label: str) -> None:
+        """``x = part(x)`` on the module's input stream."""
+        self._record(Edit("before", point.path, _key(point.path, label), part, point.argument))
+
+    def after(self, point: Point, part: Part, label: str) -> None:
+        """``y = part(y)`` on the module's output stream."""
+        self._record(Edit("after", point.path, _key(point.path, label), part, point.argument, point.output))
+
+    def beside(self, point: Point, part: Part, label: str) -> None:
+        """``y = part(y, x)`` from the module's output and input streams."""
+        self._record(Edit("beside", point.path, _key(point.path, label), part, point.argument, point.output))
+
+    def branch(self, block: Block, branch: str, part: Part, label: str) -> None:
+        """``h = x + sublayer(norm(x)) + part(x)`` for the residual branch "attn" or "mlp" of a block."""
+        module = self.module(block.point.path)
+        if branch not in block.branches or type(module).forward not in self.anatomy.block_forwards:
+            raise UnsupportedError(
+                f"{self.anatomy.family} does not give access to the residual stream of the {branch!r} branch "
+                f"of {block.point.path} ({type(module).__name__})."
+            )
+        self._record(Edit("branch", block.point.path, _key(block.point.path, label), part, branch=branch))
+
+    def reweigh(self, weight: Weight, part: Part, label: str) -> None:
+        """``weight, bias = part(weight, bias)`` for a module."""
+        module = self.module(weight.path)
+        if functional_of(module, self.anatomy.functionals) is None:
+            raise UnsupportedError(
+                f"The weight of {weight.path} cannot be replaced: the forward of {type(module).__name__} is not known. "
+                "Add it to Anatomy.functionals."
+            )
+        self._record(Edit("reweigh", weight.path, _key(weight.path, label), part))
+
+    def own(self, parameters: Iterable[str]) -> None:
+        """Train copies of base parameters, given by full names; they start at the base values and travel in the file."""
+        for full in parameters:
+            path, _, name = full.rpartition(".")
+            if getattr(self.module(path), name, None) is None:
+                raise UnsupportedError(f"{self.anatomy.family} names the parameter {full!r}, which this model lacks.")
+            names = self._owned.setdefault(path, [])
+            if name not in names:
+                names.append(name)
+
+    def own_statistics(self) -> None:
+        """Let batch-norm statistics move with training, in buffers of the adapter."""
+        for path, module in self._modules.items():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                part = BatchStatistics(module, self.device)
+                self._record(Edit("reweigh", path, _key(path, "statistics"), part))
+
+    def finish(self) -> list[Edit]:
+        """All edits; owned parameters become one part per module."""
+        for path, names in self._owned.items():
+            module = self.module(path)
+            known = functional_of(module, self.anatomy.functionals) is not None
+            plain = tuple(n for n in names if known and n in ("weight", "bias"))
+            direct = tuple(n for n in names if n not in plain)
+            if plain:
+                part = Trained(module, plain, self.device)
+                self._record(Edit("reweigh", path, _key(path, "trained"), part))
+            if direct:
+                part = Trained(module, direct, self.device)
+                self._record(Edit("shadow", path, _key(path, "direct"), part))
+        self._owned = {}
+        return self.edits
+
+    def _record(self, edit: Edit) -> None:
+        self.module(edit.path)
+        if any(e.key == edit.key for e in self.edits):
+            raise UnsupportedError(f"Two edits of one adapter have the key {edit.key!r}; give them different labels.")
+        self.edits.append(edit)
+
+
+def _key(path: str, label: str) -> str:
+    return f"{path}.{label}" if path else label
