@@ -1,0 +1,1 @@
+"""The classical methods that every modality needs."""

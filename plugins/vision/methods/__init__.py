@@ -1,0 +1,1 @@
+"""Methods of the vision field, written against the anatomy: they serve any transformer."""
