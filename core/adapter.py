@@ -225,7 +225,7 @@ def check_name(name: str, taken: Iterable[str]) -> None:
     """Raise AdapterNameError when ``name`` is taken or cannot be a module name."""
     if name in set(taken):
         raise AdapterNameError(
-            f"This model already has an adapter named {name!r}. Give another name=..., or remove(model, {name!r}) first."
+            f"This model already has an adapter named {name!r}. Give another name, or remove(model, {name!r}) first."
         )
     if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(Adapters, name):
         raise AdapterNameError(
@@ -245,7 +245,7 @@ def adapters_of(model: nn.Module) -> Adapters:
         return found
     if found is not None:
         raise AdapterError(
-            f"{type(model).__name__} has its own attribute 'adapters' ({type(found).__name__}); peft-suite cannot use it."
+            f"{type(model).__name__} has its own attribute 'adapters' ({type(found).__name__}); peft-suite needs it."
         )
     raise AdapterError(
         f"This {type(model).__name__} carries no adapter. Attach one with adapt(model, method) or load()."

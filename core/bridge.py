@@ -40,7 +40,8 @@ class PeftExport:
         if not self.errors:
             return f"{self.path}: exact"
         worst = max(self.errors, key=lambda k: self.errors[k])
-        return f"{self.path}: {len(self.errors)} matrices by truncated SVD, largest relative error {self.errors[worst]:.2e} ({worst})"
+        error = f"largest relative error {self.errors[worst]:.2e} ({worst})"
+        return f"{self.path}: {len(self.errors)} matrices by truncated SVD, {error}"
 
 
 def export_peft(
@@ -54,9 +55,9 @@ def export_peft(
     """Write an adapter as a LoRA directory that stock Hugging Face peft loads.
 
     Slices of a fused matrix become one LoRA whose B is zero outside the slices (rank and alpha grow by the number of
-    slices); it is exact. Trained heads and whole trained modules go to ``modules_to_save``. Any other update of a weight
-    that folds (DoRA on slices, SSF without a shift, ...) is written by singular value decomposition: exact when its rank
-    is at most ``rank``, else truncated, with the error in the result.
+    slices); it is exact. Trained heads and whole trained modules go to ``modules_to_save``. Any other update of a
+    weight that folds (DoRA, ...) is written by singular value decomposition: exact when its rank is at most ``rank``,
+    else truncated, with the error in the result.
 
     Args:
         model: the adapted model.
@@ -82,8 +83,8 @@ def export_peft(
             _save_module(edit, module, tensors)
             saved.append(edit.path)
             continue
-        if isinstance(part, LowRank) and not hasattr(part, "magnitude"):
-            down, up, scale = part.lora_A, part.up(), part.scale
+        if isinstance(part, LowRank) and getattr(part, "magnitude", None) is None:
+            down, up, scale = part.lora_A.detach(), part.up().detach(), part.scale
         else:
             down, up, scale = _decompose(edit, module, part, rank, errors)
         if isinstance(module, nn.Conv2d):
@@ -122,7 +123,7 @@ def import_peft(
 ) -> nn.Module:
     """Attach a LoRA directory that Hugging Face peft (or :func:`export_peft`) wrote.
 
-    Ranks must be the same for all modules up to padding: smaller ones are padded with zeros. DoRA and rsLoRA carry over.
+    Where modules differ in rank, smaller ones are padded with zeros. DoRA and rsLoRA carry over.
 
     Args:
         model: the backbone it was trained on.

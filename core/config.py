@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import json
 import types
 import typing
@@ -173,9 +172,13 @@ def _literal(node: ast.expr, text: str, help_: str) -> Any:
         raise ConfigError(f"Cannot read a value in {text!r}: only literals are allowed. {help_}") from error
 
 
-@functools.cache
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -36,8 +36,8 @@ Kind = Literal["before", "after", "beside", "branch", "reweigh", "shadow"]
 class Part(nn.Module):
     """A trainable piece of an adapter. Subclasses define ``forward`` and, where it folds into weights, ``fold``.
 
-    Parts are kept in float32 whatever the backbone's dtype; inputs are cast to the part's dtype and outputs back. A part
-    reads its parameters only inside ``forward``, so that sharding and offloading it works.
+    Parts are kept in float32 whatever the backbone's dtype; inputs are cast to the part's dtype and outputs back. A
+    part reads its parameters only inside ``forward``, so that sharding and offloading it works.
 
     Attributes:
         foldable: ``fold`` is exact.
@@ -55,7 +55,7 @@ class Part(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not fold")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Part:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         return self
 
@@ -98,11 +98,10 @@ class Before:
         if not self.active:
             return None
         at = self.argument
-        named = isinstance(at, str)
         x = kwargs[at] if isinstance(at, str) else args[at]
         for part in self.active:
             x = bordered(part, x)
-        if named:
+        if isinstance(at, str):
             return args, {**kwargs, at: x}
         return (*args[:at], x, *args[at + 1 :]), kwargs
 
@@ -121,10 +120,8 @@ class After:
         at, to = self.argument, self.output
         y = output if to is None else output[to]
         for beside, part in self.active:
-            if beside:
-                y = bordered(part, y, kwargs[at] if isinstance(at, str) else args[at])
-            else:
-                y = bordered(part, y)
+            inputs = (kwargs[at] if isinstance(at, str) else args[at],) if beside else ()
+            y = bordered(part, y, *inputs)
         return y if to is None else (*output[:to], y, *output[to + 1 :])
 
 
@@ -138,7 +135,7 @@ class Beside:
     def __init__(self, block: nn.Module, function: Callable[..., Any]) -> None:
         self.block, self.function = block, function
         self.active: tuple[tuple[str, Part], ...] = ()
-        block.forward = self.forward  # type: ignore[method-assign]
+        block.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.block, self, *args, **kwargs)
@@ -169,10 +166,10 @@ class Reweigh:
         self.module, self.function = module, function
         self.active: tuple[Part, ...] = ()
         self.statistics: BatchStatistics | None = None
-        module.forward = self.forward  # type: ignore[method-assign]
+        module.forward = self.forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight, bias = self.module.weight, self.module.bias
+        weight, bias = cast("Tensor | None", self.module.weight), cast("Tensor | None", self.module.bias)
         for part in self.active:
             weight, bias = part(weight, bias)
         if self.statistics is not None:
@@ -217,7 +214,7 @@ class EvalPin:
 
 
 class Trained(Part):
-    """A trained copy of a module's parameters: heads, norms, biases, tokens. Starts at the base values; folds exactly."""
+    """A trained copy of a module's parameters (head, norm, bias, token). Starts at the base values; folds exactly."""
 
     foldable = True
 

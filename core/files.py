@@ -1,7 +1,7 @@
 """Adapter files: ``adapter_config.json`` for people, ``adapter_model.safetensors`` with tensors and all metadata.
 
-The header of the tensor file alone is complete and decides; the JSON repeats what a reader wants to see. Both are written
-atomically, the tensors first.
+The header of the tensor file alone is complete and decides; the JSON repeats what a reader wants to see. Both are
+written atomically, the tensors first.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _SAMPLES = 64  # values per tensor that enter the fingerprint
 def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     """Digests of the frozen weights: of names and shapes, and of 64 evenly spaced values of each tensor.
 
-    Values are rounded to bfloat16 first, so a float32 model and its bfloat16 copy agree. The fresh parameters (the head)
-    do not count: adapters bring their own.
+    Values are rounded to bfloat16 first, so a float32 model and its bfloat16 copy agree. The fresh parameters (the
+    head) do not count: adapters bring their own.
     """
     skip = set(anatomy.fresh)
     named = [(n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if n not in skip]
@@ -161,7 +161,7 @@ def load(
     first = next(model.parameters(), None)
     device = first.device if first is not None else torch.device("cpu")
     adapter.load_state_dict({k: v.to(device, copy=True) for k, v in tensors.items()}, assign=True)
-    adapter._apply(lambda t: t)  # parts note the dtype of what was loaded
+    adapter._apply(lambda t: t)  # type: ignore[no-untyped-call]  # parts note the dtype of what was loaded
     install(model, adapter, anatomy)
     for parameter in adapter.parameters():
         parameter.requires_grad_(trainable)
@@ -236,12 +236,15 @@ def _check_shapes(
     wrong = sorted(k for k in wanted.keys() & found.keys() if wanted[k] != found[k])
     if wrong:
         k = wrong[0]
-        what = f"{len(wrong)} tensors have other shapes, {k} is {list(found[k])} in the file and {list(wanted[k])} on the model"
+        what = (
+            f"{len(wrong)} tensors differ in shape, {k} is {list(found[k])} in the file, {list(wanted[k])} on the model"
+        )
     else:
         extra, lost = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
         what = f"the file has {len(extra)} tensors without a place {extra[:3]} and lacks {len(lost)} {lost[:3]}"
     raise BackboneMismatchError(
-        f"The adapter in {path} was trained on {saved['class']} ({saved['family']}) and does not fit this {here}: {what}. "
+        f"The adapter in {path} was trained on {saved['class']} ({saved['family']}) and does not fit this {here}: "
+        f"{what}. "
         "Build the backbone with the same name, size and number of classes."
     )
 
@@ -259,8 +262,8 @@ def _check_backbone(
     for kind in ("shapes", "weights") if check == "weights" else ("shapes",):
         if here[kind] and saved[kind] and here[kind] != saved[kind]:
             raise BackboneMismatchError(
-                f"The adapter in {path} was trained on a {cls} whose frozen {kind} have the fingerprint {saved[kind]}; this "
-                f"{name} has {here[kind]}. Load the pre-trained checkpoint it was trained on"
+                f"The adapter in {path} was trained on a {cls} whose frozen {kind} have the fingerprint {saved[kind]}; "
+                f"this {name} has {here[kind]}. Load the pre-trained checkpoint it was trained on"
                 + (', or pass check="shapes" if you know that they agree.' if kind == "weights" else ".")
             )
 

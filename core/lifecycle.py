@@ -305,12 +305,17 @@ def verify(model: nn.Module, batch: Any) -> dict[str, int]:
     return {"parts": len(fired), "parameters": found}
 
 
-class events:
+def events(model: nn.Module) -> Events:
     """The events of all active adapters as one object: ``e = events(model)``, then one line each in any loop."""
+    adapters = adapters_of(model)
+    return Events([adapters[name] for name in adapters.active])
 
-    def __init__(self, model: nn.Module) -> None:
-        adapters = adapters_of(model)
-        self.adapters = [adapters[name] for name in adapters.active]
+
+class Events:
+    """What :func:`events` returns: each call goes to every adapter."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.adapters = adapters
 
     def calibrate(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Run before training, for adapters whose method declares ``needs_calibration``."""
@@ -321,7 +326,7 @@ class events:
     def penalty(self) -> Tensor | None:
         """Sum of the adapters' loss terms; None when there is none."""
         terms = [t for t in (a.penalty() for a in self.adapters) if t is not None]
-        return cast(Tensor, sum(terms[1:], terms[0])) if terms else None
+        return sum(terms[1:], terms[0]) if terms else None
 
     def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """After backward, before ``optimizer.step()``."""
@@ -366,13 +371,13 @@ def _refuse_sharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise AdapterError(
-                f"The parameter {name} is already sharded (DTensor). Gradients of an adapter that is attached now would "
+                f"The parameter {name} is already sharded (DTensor). Gradients of an adapter attached now would "
                 "silently stay unsynchronised: adapt() first, then fully_shard()."
             )
 
 
 def _foldable(model: nn.Module, adapters: Adapters) -> tuple[list[Edit], list[Edit]]:
-    """Split the active edits into (cannot fold, can fold), both in folding order: weight before after, then activation."""
+    """Split the active edits into (cannot fold, can fold), in folding order: weight, after; then activation."""
     stuck: list[Edit] = []
     folded: list[Edit] = []
     blocked: set[str] = set()
@@ -490,7 +495,7 @@ def _scalar(output: Any) -> Tensor:
             output.float().square().mean() if output.is_floating_point() else output.new_zeros((), dtype=torch.float32)
         )
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return cast(Tensor, sum((_scalar(item) for item in items), torch.zeros(())))
+    return sum((_scalar(item) for item in items), torch.zeros(()))
 
 
 def _shape(part: Part) -> str:

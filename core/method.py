@@ -129,7 +129,7 @@ class Editor:
         self.model, self.anatomy, self.device = model, anatomy, device
         self.edits: list[Edit] = []
         self._owned: dict[str, list[str]] = {}
-        self._modules = dict(model.named_modules())
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
 
     def module(self, path: str) -> nn.Module:
         """The base module at ``path``, for its shape and type; raises UnsupportedError when it does not exist."""
@@ -170,7 +170,7 @@ class Editor:
         self._record(Edit("reweigh", weight.path, _key(weight.path, label), part))
 
     def own(self, parameters: Iterable[str]) -> None:
-        """Train copies of base parameters, given by full names; they start at the base values and travel in the file."""
+        """Train copies of base parameters, by full names; they start at the base values and travel in the file."""
         for full in parameters:
             path, _, name = full.rpartition(".")
             if getattr(self.module(path), name, None) is None:

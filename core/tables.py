@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def _counts(trainable: int, total: int, size: int) -> str:
     return f"{trainable:,} of {total:,} parameters train ({share:.3f} %), {size / 1024:,.1f} KiB of adapter"
 
 
-def _columns(table: list[tuple[str, ...]]) -> str:
+def _columns(table: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)]
     lines = ["  ".join([c.ljust(w) for c, w in zip(row, widths, strict=False)] + [row[-1]]).rstrip() for row in table]
     return "\n".join(lines)

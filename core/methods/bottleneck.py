@@ -9,6 +9,7 @@ adapters and AdaptFormer (NeurIPS 2022) are presets of it, available under their
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,7 +21,7 @@ from peft_suite.method import Capabilities, Editor, Method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
@@ -36,15 +37,15 @@ class BottleneckConfig(MethodConfig):
     Attributes:
         bottleneck: inner width r; ``L*(2dr + r + d)`` parameters per placement with biases.
         position: which sub-layer: "mlp", "attn" or "both".
-        insertion: "sequential" reads the sub-layer's output, ``h + Delta(h)``; "parallel" reads its input, ``h + Delta(x)``.
+        insertion: "sequential" reads the sub-layer's output, ``h + Delta(h)``; "parallel" its input, ``h + Delta(x)``.
         source: for parallel, which input: "sublayer" is what the sub-layer reads (after its norm), inside drop path;
             "residual" is the un-normalised stream, outside drop path (AdaptFormer).
         outside: for sequential, put the adapter after drop path instead of inside the residual branch (NOAH).
         activation: nonlinearity between the projections.
         scale: fixed factor s, or the start of a trained one (``learned_scale``).
         layernorm: LayerNorm (eps 1e-5) on the input ("in") or on the scaled output ("out").
-        init: "lora": D Kaiming-uniform(a=sqrt 5), U and biases 0, an identity at the start; "bert": N(0, 0.02), biases 0;
-            "official": truncated normal 0.02, biases 0, what SPT, NOAH and V-PETL effectively ran.
+        init: "lora": D Kaiming-uniform(a=sqrt 5), U and biases 0, an identity at the start; "bert": N(0, 0.02),
+            biases 0; "official": truncated normal 0.02, biases 0, what SPT, NOAH and V-PETL effectively ran.
         bias: biases in both projections (PETL-ViT's AdaptFormer has none).
         dropout: between activation and up-projection.
     """
@@ -106,7 +107,7 @@ class BottleneckPart(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x: [..., d]``."""
-        h = x if self.norm_in is None else self.norm_in(x)
+        h: Tensor = x if self.norm_in is None else self.norm_in(x)
         h = self.activation(self.down(h))
         if self.dropout is not None:
             h = self.dropout(h)

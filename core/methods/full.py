@@ -1,4 +1,4 @@
-"""Full fine-tuning as an adapter: trained copies of every parameter, so that it switches, saves and undoes like any other."""
+"""Full fine-tuning as an adapter: trained copies of every parameter, which switch, save and undo like any other."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class LowRank(Part):
             return self.lora_B
         heights = [stop - start for start, stop in self.slices]
         blocks, row = [], 0
-        for i, (block, (start, stop)) in enumerate(zip(self.lora_B.split(heights), self.slices, strict=True)):
+        for i, (block, (start, stop)) in enumerate(zip(torch.split(self.lora_B, heights), self.slices, strict=True)):
             left = 0 if self.shared else i * self.rank
             last = self.out - stop if i == len(heights) - 1 else 0
             blocks.append(F.pad(block, (left, self.lora_A.shape[0] - self.rank - left, start - row, last)))
@@ -200,7 +200,7 @@ class WeightLoRA(LowRank):
 
     def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight that forward uses."""
-        return self(weight, bias)
+        return self.forward(weight, bias)
 
 
 class LoRA(Method[LoRAConfig]):
@@ -235,7 +235,8 @@ class LoRA(Method[LoRAConfig]):
                 matched = fnmatch.filter(names, target)
                 if not matched:
                     raise UnsupportedError(
-                        f"lora target {target!r} matches no Linear or Conv2d of this {anatomy.family} model. {closest(target, names)}"
+                        f"lora target {target!r} matches no Linear or Conv2d of this {anatomy.family} model. "
+                        + closest(target, names)
                     )
                 found += [Weight(name) for name in matched]
             else:

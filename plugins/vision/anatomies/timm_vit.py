@@ -79,7 +79,8 @@ def example_registers() -> tuple[nn.Module, Tensor]:
 
 def _block(model: VisionTransformer, index: int) -> Block:
     block: Any = model.blocks[index]
-    attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+    attn: Any = getattr(block, "attn", None)
+    mlp: Any = getattr(block, "mlp", None)
     known = isinstance(block, ViTBlock | ResPostBlock) and hasattr(attn, "qkv") and isinstance(mlp, nn.Module)
     if not known:
         raise BackboneError(

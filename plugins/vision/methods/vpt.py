@@ -141,7 +141,7 @@ class VPT(Method[VPTConfig]):
         stop = len(blocks) if config.num_blocks is None else config.first_block + config.num_blocks
         if stop > len(blocks) or config.first_block >= stop:
             raise UnsupportedError(
-                f"vpt: blocks {config.first_block} to {stop - 1} were asked for, and {anatomy.family} has {len(blocks)}."
+                f"vpt: blocks {config.first_block} to {stop - 1} were asked for; {anatomy.family} has {len(blocks)}."
             )
         first: Prompt | None = None
         for i, block in enumerate(blocks[config.first_block : stop]):
