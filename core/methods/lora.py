@@ -12,7 +12,7 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft_suite.anatomy import Anatomy, Point, Weight
@@ -97,21 +97,13 @@ class LowRank(Part):
 
     @property
     def whole(self) -> bool:
-        """One slice that covers every row."""
-        return self.slices == ((0, self.out),)
+        """B as it is stored is B for the whole output: no gaps, and one A."""
+        ends = [0, *(stop for _, stop in self.slices)]
+        return self.shared and ends[-1] == self.out and all(s[0] == e for s, e in zip(self.slices, ends, strict=False))
 
     def up(self) -> Tensor:
         """B for the whole output, ``[out, rows of A]``: slices in their rows and columns, zero elsewhere."""
-        if self.whole:
-            return self.lora_B
-        heights = [stop - start for start, stop in self.slices]
-        blocks, row = [], 0
-        for i, (block, (start, stop)) in enumerate(zip(torch.split(self.lora_B, heights), self.slices, strict=True)):
-            left = 0 if self.shared else i * self.rank
-            last = self.out - stop if i == len(heights) - 1 else 0
-            blocks.append(F.pad(block, (left, self.lora_A.shape[0] - self.rank - left, start - row, last)))
-            row = stop
-        return torch.cat(blocks)
+        return self.lora_B if self.whole else spread(self.lora_B, self.slices, self.shared, self.out)
 
     def delta(self) -> Tensor:
         """``s * B A`` for the whole matrix, ``[out, in]``."""
@@ -135,7 +127,7 @@ class LowRank(Part):
 
 
 class LinearLoRA(LowRank):
-    """``y + s * (drop(x) A^T) B^T`` beside a Linear layer."""
+    """``y + s * (drop(x) A^T) B^T`` beside a Linear layer, for updates of the whole weight."""
 
     def __init__(self, shape: tuple[int, int], slices: Sequence[Rows | None], config: LoRAConfig) -> None:
         super().__init__(shape, slices, config)
@@ -145,7 +137,78 @@ class LinearLoRA(LowRank):
         """``y: [..., out]``, ``x: [..., in]``."""
         x = x if self.dropout is None else self.dropout(x)
         h = F.linear(x.flatten(0, -2), self.lora_A)  # [T, rows of A]
-        return torch.addmm(y.flatten(0, -2), h, self.up().t(), alpha=self.scale).view(y.shape)
+        return torch.addmm(y.flatten(0, -2), h, self.lora_B.t(), alpha=self.scale).view(y.shape)
+
+
+class SlicedLoRA(LinearLoRA):
+    """The same for slices with their own A each, or with rows between them that stay as they are."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y: [..., out]``, ``x: [..., in]``."""
+        x = x if self.dropout is None else self.dropout(x)
+        flat = _SlicedUpdate.apply(  # type: ignore[no-untyped-call]
+            y.flatten(0, -2), x.flatten(0, -2), self.lora_A, self.lora_B, self.slices, self.shared, self.scale
+        )[0]
+        return cast(Tensor, flat).view(y.shape)
+
+
+class _SlicedUpdate(torch.autograd.Function):
+    """``y + s * h B^T`` with ``h = x A^T`` and B zero outside the slices; B is spread out again instead of being saved.
+
+    Shapes: ``y: [T, out]``, ``x: [T, in]``, ``A: [S*r or r, in]``, ``B: [sum of heights, r]``, ``h: [T, rows of A]``.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        y: Tensor, x: Tensor, a: Tensor, b: Tensor, slices: tuple[Rows, ...], shared: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        h = x @ a.t()
+        return torch.addmm(y, h, spread(b, slices, shared, y.shape[-1]).t().to(h.dtype), alpha=scale), h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, x, a, b, ctx.slices, ctx.shared, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a, b, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 7
+        x, a, b, h = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second backward needs h as a function of x and A
+            h = x @ a.t()
+        r, row = b.shape[1], 0
+        grads_h: list[Tensor] = []
+        grads_b: list[Tensor] = []
+        for i, (start, stop) in enumerate(ctx.slices):
+            g = grad[:, start:stop]
+            h_i = h if ctx.shared else h[:, i * r : (i + 1) * r]
+            grads_h.append(g @ b[row : row + stop - start].to(g.dtype))
+            grads_b.append(g.t() @ h_i.to(g.dtype))
+            row += stop - start
+        grad_h = sum(grads_h[1:], grads_h[0]) if ctx.shared else torch.cat(grads_h, dim=1)
+        grad_b = torch.cat(grads_b)
+        if ctx.scale != 1.0:
+            grad_h, grad_b = grad_h * ctx.scale, grad_b * ctx.scale
+        grad_a = (grad_h.t() @ x.to(grad_h.dtype)).to(a.dtype)
+        grad_x = (grad_h @ a.to(grad_h.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, grad_a, grad_b.to(b.dtype), None, None, None
+
+
+def spread(b: Tensor, slices: Sequence[Rows], shared: bool, out: int) -> Tensor:
+    """Stacked slices of B, ``[sum of heights, r]``, in their rows and columns of ``[out, rows of A]``, zero elsewhere."""
+    rank, row, blocks = b.shape[1], 0, []
+    width = rank if shared else rank * len(slices)
+    for i, (block, (start, stop)) in enumerate(zip(torch.split(b, [t - s for s, t in slices]), slices, strict=True)):
+        left = 0 if shared else i * rank
+        last = out - stop if i == len(slices) - 1 else 0
+        blocks.append(F.pad(block, (left, width - rank - left, start - row, last)))
+        row = stop
+    return torch.cat(blocks)
 
 
 class ConvLoRA(LowRank):
@@ -256,4 +319,7 @@ class LoRA(Method[LoRAConfig]):
             edit.beside(Point(path, module.out_channels, "first"), ConvLoRA(module, slices, config), "lora")
         else:
             shape = (module.out_features, module.in_features)
-            edit.beside(Point(path, module.out_features), LinearLoRA(shape, slices, config), "lora")
+            part: LowRank = LinearLoRA(shape, slices, config)
+            if not part.whole:
+                part = SlicedLoRA(shape, slices, config)
+            edit.beside(Point(path, module.out_features), part, "lora")

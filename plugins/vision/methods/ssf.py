@@ -32,34 +32,32 @@ class SSFConfig(MethodConfig):
 
 
 class ScaleShift(Part):
-    """``s * x + t`` on channels; ``layout`` says which axis they are."""
+    """``s * x + t`` per channel; ``s, t: [C]``, or ``[C, 1, 1]`` for layout "first"."""
 
     foldable = True
     decay = False
 
     def __init__(self, width: int, layout: str, init: str) -> None:
         super().__init__()
-        self.layout = layout
-        self.scale = nn.Parameter(torch.ones(width))
-        self.shift = nn.Parameter(torch.zeros(width))
+        shape = (width,) if layout == "last" else (width, 1, 1)
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.shift = nn.Parameter(torch.zeros(shape))
         if init == "paper":
             nn.init.normal_(self.scale, mean=1.0, std=0.02)
             nn.init.normal_(self.shift, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x: [..., C]`` or ``[B, C, ...]``."""
-        if self.layout == "last":
-            return torch.addcmul(self.shift, x, self.scale)
-        shape = (-1, *[1] * (x.ndim - 2))
-        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
+        """``x: [..., C]``, or ``[B, C, H, W]`` for layout "first"."""
+        return x * self.scale + self.shift
 
     def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """``diag(s) W`` and ``s b + t``; a missing bias becomes t."""
-        scale = self.scale.view(-1, *[1] * (weight.ndim - 1))
-        return scale * weight, self.shift if bias is None else torch.addcmul(self.shift, bias, self.scale)
+        scale, shift = self.scale.flatten(), self.shift.flatten()
+        weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        return weight, shift if bias is None else bias * scale + shift
 
     def extra_repr(self) -> str:
-        return f"width={self.scale.numel()}, layout={self.layout!r}"
+        return f"width={self.scale.numel()}"
 
 
 class SSF(Method[SSFConfig]):
