@@ -244,7 +244,7 @@ def merge(model: nn.Module, *, partial: bool = False) -> nn.Module:
     with torch.no_grad():
         values = _fold(modules, folded)
         for (path, name), value in values.items():
-            if not bool(torch.isfinite(value).all()):
+            if not _finite(value):
                 raise MergeError(
                     f"Merging would make {path}.{name} not finite. The model is unchanged; check the adapter."
                 )
@@ -419,10 +419,9 @@ def _fold(modules: Mapping[str, nn.Module], edits: Sequence[Edit]) -> dict[tuple
             bias = values.get((edit.path, "bias"), _tensor(module, "bias", compute))
             if weight is None:
                 weight = torch.ones(_normalized(module), dtype=compute)
-            weight, bias = edit.part.fold(module, weight, bias)
-            values[edit.path, "weight"] = weight.detach()
-            if bias is not None:
-                values[edit.path, "bias"] = bias.detach()
+            for name, old, new in zip(("weight", "bias"), (weight, bias), edit.part.fold(module, weight, bias), strict=True):
+                if new is not None and new is not old:
+                    values[edit.path, name] = new.detach()
     return values
 
 
@@ -437,12 +436,15 @@ def _normalized(module: nn.Module) -> tuple[int, ...]:
     return (cast(nn.GroupNorm, module).num_channels,)
 
 
+def _finite(value: Tensor) -> bool:
+    # A sum is one pass without a temporary; only when it is not finite every entry is looked at.
+    return value.is_meta or bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
+
+
 def _write(module: nn.Module, name: str, value: Tensor) -> None:
-    old = getattr(module, name, None)
-    if isinstance(old, Tensor) and name not in module.__dict__:
-        old.data.copy_(value)
-        return
     target = module._parameters.get(name)
+    if target is None:
+        target = module._buffers.get(name)
     if target is not None:
         target.data.copy_(value)
     else:
