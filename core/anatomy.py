@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_suite.errors import BackboneError, UnsupportedError, closest
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["Anatomy", "Block", "Point", "Weight", "anatomy_of"]
 
 Functional = Callable[["nn.Module", "Tensor", "Tensor | None", "Tensor | None"], "Tensor"]
-_NONE: Mapping[Any, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,8 @@ class Anatomy:
     fresh: tuple[str, ...] = ()
     prefix_tokens: int = 0
     patch_values: int = 0
-    functionals: Mapping[Callable[..., Any], Functional] = field(default_factory=lambda: _NONE)
-    block_forwards: Mapping[Callable[..., Any], Callable[..., Any]] = field(default_factory=lambda: _NONE)
+    functionals: Mapping[Callable[..., Any], Functional] = field(default_factory=dict)
+    block_forwards: Mapping[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
     no_prompts: str = ""
     reentrant: bool = False
 

@@ -214,15 +214,20 @@ class EvalPin:
 
 
 class Trained(Part):
-    """A trained copy of a module's parameters (head, norm, bias, token). Starts at the base values; folds exactly."""
+    """A trained copy of a module's parameters (head, norm, bias, token). Starts at the base values; folds exactly.
+
+    Copies are at least float32, except ``direct`` ones that the model reads itself: those keep the model's dtype.
+    """
 
     foldable = True
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...], device: torch.device | None) -> None:
+    def __init__(
+        self, module: nn.Module, names: tuple[str, ...], device: torch.device | None, direct: bool = False
+    ) -> None:
         super().__init__()
         for name in names:
             base = getattr(module, name)
-            dtype = torch.promote_types(base.dtype, torch.float32)
+            dtype = base.dtype if direct else torch.promote_types(base.dtype, torch.float32)
             with torch.no_grad():
                 copy = base.detach().to(device=device or base.device, dtype=dtype, copy=True)
             self.register_parameter(name, nn.Parameter(copy))
@@ -294,7 +299,9 @@ def _frozen_batch_norm(module: nn.Module, x: Tensor, weight: Tensor | None, bias
     norm = cast(nn.BatchNorm1d, module)
     if norm.running_mean is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
-    return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
+    mean, var = norm.running_mean, cast(Tensor, norm.running_var)
+    wide = torch.promote_types(mean.dtype, x.dtype)
+    return F.batch_norm(x, mean.to(wide), var.to(wide), weight, bias, False, 0.0, norm.eps)
 
 
 _FUNCTIONALS: Mapping[Callable[..., Any], Functional] = {

@@ -99,6 +99,11 @@ def prepare(
     """All checks of ``adapt`` and the adapter itself, not attached yet. ``device`` None means the model's own."""
     if batchnorm not in ("frozen", "train"):
         raise UnsupportedError(f"batchnorm={batchnorm!r}: choose 'frozen' or 'train'.")
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise UnsupportedError(
+            f"A bare {type(model).__name__} runs every sub-module it holds, adapters included. Wrap it in a module of "
+            "your own with a forward, and adapt that."
+        )
     existing = model._modules.get("adapters")
     if isinstance(existing, Adapters):
         check_name(name, existing)
@@ -281,7 +286,9 @@ def verify(model: nn.Module, batch: Any) -> dict[str, int]:
         with torch.random.fork_rng(devices), torch.enable_grad():
             for parameter in model.parameters():
                 parameter.grad = None
-            _scalar(_call(model, batch)).backward()  # type: ignore[no-untyped-call]
+            loss = _scalar(_call(model, batch))
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
         lost = [n for n, p in watched.items() if p.grad is None]
         found = len(watched) - len(lost)
     finally:

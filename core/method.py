@@ -197,7 +197,7 @@ class Editor:
                 part = Trained(module, plain, self.device)
                 self._record(Edit("reweigh", path, _key(path, "trained"), part))
             if direct:
-                part = Trained(module, direct, self.device)
+                part = Trained(module, direct, self.device, direct=True)
                 self._record(Edit("shadow", path, _key(path, "direct"), part))
         self._owned = {}
         return self.edits
