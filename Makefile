@@ -27,7 +27,7 @@ bench: $(FARM)
 	OMP_NUM_THREADS=1 $(PY) benchmarks/core/run.py
 
 docs: $(FARM)
-	$(PY) docs/build.py
+	$(VENV)/bin/mkdocs build -q
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
