@@ -1,0 +1,594 @@
+"""The training loop, in reading order: set up, train, evaluate and select, checkpoint, conclude."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+import peft_suite as ps
+from peft_suite.errors import ConfigError, DataError, TrainingError
+from peft_suite.train.config import Recipe
+from peft_suite.train.contracts import DataSplits
+from peft_suite.train.display import Display
+from peft_suite.train.evaluation import autocast, collect, forward, to_device
+from peft_suite.train.loader import batches, epoch_plan, targets_of
+from peft_suite.train.optim import build_optimizer, describe_groups, lr_at, set_lr
+from peft_suite.train.record import (
+    PeakMemory,
+    RunResult,
+    changed_fields,
+    choose_examples,
+    platform_facts,
+    read_run,
+    run_identity,
+    versions,
+    write_thumbnails,
+)
+from peft_suite.train.setup import (
+    Restartable,
+    check_recipe,
+    make_accelerator,
+    make_mixup,
+    restored_forward,
+    set_epoch,
+    train_split,
+)
+from peft_suite.train.state import (
+    read_checkpoint,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    write_checkpoint,
+    write_json,
+)
+from peft_suite.train.stopping import StopRequest
+from peft_suite.train.task import Task, as_task
+
+__all__ = ["fit"]
+
+
+def fit(
+    model: nn.Module,
+    data: DataSplits,
+    recipe: Recipe,
+    *,
+    task: str | Task = "classification",
+    out: str | Path,
+    seed: int = 0,
+    resume: bool = False,
+    device: str = "auto",
+    workers: int = 0,
+    run_info: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    verify: bool = True,
+) -> RunResult:
+    """Train the open parameters of an adapted model; afterwards the model carries the selected state.
+
+    The loss of a step is ``sum(loss) / sum(mass)`` over the global batch, so processes and accumulation change the
+    speed, not the curve (dropout and mixup partners excepted: each process draws its own). Ctrl-C and SIGTERM write a
+    checkpoint and raise KeyboardInterrupt.
+
+    Args:
+        model: a model with at least one adapter; it is moved to the device.
+        out: run directory: ``run.json``, ``examples.json``, ``adapter/``, ``checkpoint/state.safetensors``.
+        resume: go on from the checkpoint in ``out``; without one the run starts from the beginning. The model must
+            have been built as for the first start.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps"; processes come from ``torchrun`` or ``accelerate launch``.
+        workers: data loader processes.
+        run_info: ``{"plugin", "config", "plan", "metadata"}``; metadata travels in the adapter file.
+        verify: prove on the first batch that every part of the adapter takes part.
+
+    Raises:
+        TrainingError: the loss is not finite; the last checkpoint is kept.
+        ConfigError: the recipe does not fit the data, or a resumed run was started with another configuration.
+        DataError: a split that the recipe needs is missing, or labels are out of range.
+    """
+    training = _Training(model, data, recipe, task, Path(out), seed, device, workers, dict(run_info or {}))
+    return training.execute(resume=resume, progress=progress, verify=verify)
+
+
+class _Training:
+    """State of one run. ``epoch`` and ``step`` are the next position; ``step == steps`` means evaluation is due."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DataSplits,
+        recipe: Recipe,
+        task: str | Task,
+        out: Path,
+        seed: int,
+        device: str,
+        workers: int,
+        info: dict[str, Any],
+    ) -> None:
+        self.model, self.data, self.recipe, self.out, self.seed = model, data, recipe, out, seed
+        self.workers, self.info = workers, info
+        self.events = ps.events(model)  # AdapterError at once when the model carries no adapter
+        self.task = as_task(task, data.classes, data.multi_label)
+        self.train_data = train_split(data)
+        check_recipe(recipe, data)
+        self.accelerator = make_accelerator(recipe, device, out)
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.steps = -(-len(self.train_data) // recipe.batch_size)  # type: ignore[arg-type]
+        self.checkpoint_file = out / "checkpoint" / "state.safetensors"
+        self.epoch = self.step = 0
+        self.loss_sum, self.samples, self.epoch_seconds = 0.0, 0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.best_state: dict[str, Tensor] = {}
+        self.train_seconds = self.earlier_seconds = 0.0
+        self.saved_at = ""
+        self.begun = self.adapter_saved = False
+        self.started = time.perf_counter()
+        self.stop = StopRequest()
+
+    # ---- the whole run -------------------------------------------------------------------------------------------
+
+    def execute(self, *, resume: bool, progress: bool, verify: bool) -> RunResult:
+        state = self.read_checkpoint() if resume else None
+        record = read_run(self.out) if resume else None
+        show = progress and self.main
+        if state and record and record["status"] == "finished":
+            if show:
+                print(f"{self.out} is already finished: nothing to resume.", file=sys.stderr)
+            self.load_adapters(state["best_state"] or state["adapters"])
+            return RunResult(self.out, record)
+        with restored_forward(self.model), self.stop:
+            self.display = Display(enabled=False, epochs=0, steps=0, epoch=0, metric="")
+            try:
+                self.set_up(state, show=show, verify=verify)
+                self.train()
+                return self.conclude()
+            except KeyboardInterrupt:
+                if self.begun:
+                    self.write_record("interrupted")
+                raise
+            except Exception as error:
+                if self.begun:
+                    self.write_record("failed", error=f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                self.display.close()
+                self.accelerator.end_training() if self.recipe.tracker != "none" else None
+
+    def set_up(self, state: dict[str, Any] | None, *, show: bool, verify: bool) -> None:
+        seed_everything(self.seed)
+        self.memory = PeakMemory(self.device)
+        self.model.to(self.device)
+        self.trained = [
+            name
+            for name, adapter in self.model.adapters.items()  # type: ignore[operator, union-attr]
+            if any(p.requires_grad for p in adapter.parameters())
+        ]
+        self.optimizer = build_optimizer(self.model, self.recipe)
+
+        targets = targets_of(self.train_data)
+        self.task.check(targets, "train")
+        self.class_weights = None
+        if self.recipe.class_weights == "balanced":
+            self.class_weights = self.task.class_weights(targets).to(self.device)
+        self.mixup = make_mixup(self.recipe, self.task, self.data.multi_label)
+
+        set_epoch(self.train_data, 0)
+        if verify and state is None:
+            inputs, _, _ = next(self.batches(0, 0, 1))[0]
+            ps.verify(self.model, to_device(inputs, self.device))
+            self.model.zero_grad(set_to_none=True)
+        self.begun = True  # from here on run.json tells of this run; what is refused earlier leaves the folder alone
+        self.write_record("running")
+        if any(self.model.adapters[n].method.capabilities.needs_calibration for n in self.trained):  # type: ignore[index, union-attr]
+            self.calibrate()
+
+        self.model.train()
+        self.wrapped: Any = self.accelerator.prepare_model(self.model) if self.world > 1 else self.model
+        self.stepper = self.accelerator.prepare_optimizer(self.optimizer)
+        seed_everything(self.seed + 7919 * self.rank)  # processes must not drop the same units
+        if state is not None:
+            self.restore(state)
+        if self.recipe.tracker == "tensorboard":
+            self.accelerator.init_trackers("tensorboard")
+        self.display = Display(
+            enabled=show, epochs=self.recipe.epochs, steps=self.steps, epoch=self.epoch, metric=self.task.primary
+        )
+        self.display.say(describe_groups(self.optimizer))
+        if state is not None:
+            self.display.say(f"resumed from {self.saved_at}")
+
+    def calibrate(self) -> None:
+        """Show ``calibration_batches`` global batches, the same on every process, to the methods that ask for them."""
+        plan = epoch_plan(len(self.train_data), self.recipe.batch_size, 1, seed=self.seed, epoch=0)  # type: ignore[arg-type]
+
+        def stream() -> Iterator[tuple[Any, Tensor]]:
+            shown = plan[: self.recipe.calibration_batches]
+            for step in batches(self.train_data, shown, workers=self.workers, seed=self.seed):
+                inputs, targets, _ = step[0]
+                yield to_device(inputs, self.device), targets.to(self.device)
+
+        def loss(batch: tuple[Any, Tensor]) -> Tensor:
+            with autocast(self.device, self.recipe.precision):
+                output = forward(self.model, batch[0])
+            return self.task.loss(output, batch[1]).mean()
+
+        self.model.train()
+        self.events.calibrate(Restartable(stream), loss)
+        self.model.zero_grad(set_to_none=True)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        while self.epoch < self.recipe.epochs and not self.exhausted():
+            if self.step < self.steps:
+                self.train_epoch()
+            self.close_epoch()
+        if self.step or not self.saved_at.startswith(f"epoch {self.epoch},"):
+            self.write_checkpoint()
+
+    def batches(self, epoch: int, start: int, stop: int | None = None) -> Iterator[list[tuple[Any, Tensor, float]]]:
+        """This process's micro-batches of the steps ``start`` to ``stop`` of an epoch."""
+        plan = epoch_plan(
+            len(self.train_data),  # type: ignore[arg-type]
+            self.recipe.batch_size,
+            self.recipe.accumulate,
+            seed=self.seed,
+            epoch=epoch,
+            rank=self.rank,
+            world=self.world,
+        )
+        pin = self.device.type == "cuda"
+        seed = self.seed * 1_000_003 + epoch
+        return batches(self.train_data, plan[start:stop], workers=self.workers, seed=seed, pin=pin)
+
+    def train_epoch(self) -> None:
+        self.model.train()
+        set_epoch(self.train_data, self.epoch)
+        total = len(self.train_data)  # type: ignore[arg-type]
+        clock = time.perf_counter()
+        for micros in self.batches(self.epoch, self.step):
+            loss, stop = self.train_step(micros)
+            count = min(self.recipe.batch_size, total - self.step * self.recipe.batch_size)
+            self.step += 1
+            self.loss_sum += loss * count
+            self.samples += count
+            now = time.perf_counter()
+            self.epoch_seconds += now - clock
+            self.train_seconds += now - clock
+            clock = now
+            self.display.step(self.step, loss)
+            if stop:
+                self.interrupt()
+
+    def train_step(self, micros: list[tuple[Any, Tensor, float]]) -> tuple[float, bool]:
+        """One optimizer step. Returns the loss of the global batch and whether any process was asked to stop."""
+        number = self.epoch * self.steps + self.step
+        lr = lr_at(number, self.recipe, self.steps)
+        set_lr(self.optimizer, lr)
+        parts = [(*self.mix(to_device(x, self.device), y.to(self.device)), weight) for x, y, weight in micros]
+        masses = [weight * self.task.mass(y, self.class_weights).sum() for _, y, weight in parts]
+        mass = torch.stack(masses).sum()
+        mass = self.accelerator.reduce(mass) if self.world > 1 else mass
+        smoothing = 0.0 if self.mixup else self.recipe.label_smoothing  # mixed targets are smooth already
+        total = torch.zeros((), device=self.device)
+        for index, (inputs, targets, weight) in enumerate(parts):
+            last = index == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with autocast(self.device, self.recipe.precision):
+                    output = forward(self.wrapped, inputs)
+                each = self.task.loss(output, targets, smoothing=smoothing, class_weights=self.class_weights)
+                loss = weight * each.sum() / mass
+                penalty = self.events.penalty() if last else None
+                if penalty is not None:
+                    loss = loss + penalty / self.world
+                self.accelerator.backward(loss * self.world)  # data-parallel averages gradients; we want their sum
+            total += loss.detach()
+        told = torch.stack(
+            [total.double(), torch.tensor(float(self.stop.wanted), dtype=torch.float64, device=self.device)]
+        )
+        value, asked = (self.accelerator.reduce(told) if self.world > 1 else told).tolist()
+        if not math.isfinite(value):
+            self.refuse(value, lr)
+        self.accelerator.unscale_gradients()
+        self.events.before_step(number, self.optimizer)
+        if self.recipe.clip_norm:
+            nn.utils.clip_grad_norm_(
+                [p for g in self.optimizer.param_groups for p in g["params"]], self.recipe.clip_norm
+            )
+        self.stepper.step()
+        self.events.after_step(number, self.optimizer)
+        self.stepper.zero_grad()
+        if self.recipe.tracker != "none":
+            self.accelerator.log({"train/loss": value, "train/lr": lr}, step=number)
+        return value, asked > 0
+
+    def mix(self, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+        """Mixup or cutmix within a micro-batch; of an odd number of samples the last stays as it is."""
+        if self.mixup is None:
+            return inputs, targets
+        if not isinstance(inputs, Tensor):
+            raise ConfigError("Recipe.mixup and Recipe.cutmix need inputs that are one tensor per sample.")
+        even = len(inputs) // 2 * 2
+        mixed, soft = self.mixup(inputs[:even].clone(), targets[:even])
+        if even == len(inputs):
+            return mixed, soft
+        smoothing, count = self.recipe.label_smoothing, len(self.task.classes)
+        if self.data.multi_label:
+            rest = targets[even:].float() * (1 - smoothing) + 0.5 * smoothing
+        else:
+            rest = nn.functional.one_hot(targets[even:], count).float() * (1 - smoothing) + smoothing / count
+        return torch.cat([mixed, inputs[even:]]), torch.cat([soft, rest])
+
+    def refuse(self, value: float, lr: float) -> None:
+        where = f"The last good checkpoint is {self.checkpoint_file} ({self.saved_at})."
+        raise TrainingError(
+            f"The loss is {value} at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps} (learning rate "
+            f"{lr:g}). {where if self.saved_at else 'There is no checkpoint yet.'} Use a lower lr, clip_norm=1 or "
+            "precision='no', and look for broken samples."
+        )
+
+    # ---- evaluation and selection --------------------------------------------------------------------------------
+
+    def close_epoch(self) -> None:
+        """Evaluate where due, write the history line, select, checkpoint, and move to the next epoch."""
+        due = (self.epoch + 1) % self.recipe.eval_every == 0 or self.epoch + 1 == self.recipe.epochs
+        val = self.metrics("val") if due else None
+        test = self.metrics("test") if due and self.recipe.select == "test" else None
+        number = (self.epoch + 1) * self.steps
+        entry: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": number,
+            "lr": lr_at(number - 1, self.recipe, self.steps),
+            "train_loss": self.loss_sum / max(self.samples, 1),
+            "seconds": round(self.epoch_seconds, 4),
+            "samples_per_s": round(self.samples / max(self.epoch_seconds, 1e-9), 2),
+            "val": val,
+            "test": test,
+        }
+        self.history.append(entry)
+        self.select(entry)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum, self.samples, self.epoch_seconds = 0.0, 0, 0.0
+        self.display.epoch(entry)
+        if self.recipe.tracker != "none":
+            scalars = {f"{s}/{k}": v for s in ("val", "test") for k, v in (entry[s] or {}).items() if v is not None}
+            self.accelerator.log(scalars, step=number)
+        every = self.recipe.checkpoint_every
+        if self.agreed_stop():
+            self.interrupt()
+        if every and self.epoch % every == 0:
+            self.write_checkpoint()
+        self.write_record("running")
+
+    def metrics(self, split: str) -> dict[str, float | None] | None:
+        found = self.outputs(split)
+        return self.task.metrics(*found) if found else None
+
+    def outputs(self, split: str) -> tuple[Tensor, Tensor] | None:
+        dataset = getattr(self.data, split)
+        if dataset is None:
+            return None
+
+        def stop() -> None:
+            if self.stop.wanted and self.world == 1:  # several processes must agree first: after the evaluation
+                self.interrupt()
+
+        output, target = collect(
+            self.model,
+            dataset,
+            batch_size=max(self.recipe.batch_size // self.world, 1),
+            device=self.device,
+            workers=self.workers,
+            precision=self.recipe.precision,
+            rank=self.rank,
+            world=self.world,
+            gather=self.accelerator.gather,
+            stop=stop,
+        )
+        if target is None:
+            raise DataError(f"The {split} split has no targets: samples must be (input, target).")
+        self.task.check(target, split)
+        return output, target
+
+    def select(self, entry: dict[str, Any]) -> None:
+        """Keep the state of the best evaluated epoch; of equals the one with the lower loss."""
+        select = self.recipe.select
+        if select == "last":
+            self.best = {"epoch": entry["epoch"], "metrics": entry["val"] or {}, "selected_by": "last"}
+            return
+        if entry[select] is None:
+            return
+        score = _score(entry[select], self.task.primary)
+        if self.best is None or score > _score(self.best["metrics"], self.task.primary):
+            self.best = {"epoch": entry["epoch"], "metrics": entry[select], "selected_by": select}
+            self.best_state = {key: value.detach().cpu().clone() for key, value in self.adapter_state().items()}
+            self.save_adapter()
+
+    def exhausted(self) -> bool:
+        """Has the primary metric not risen for ``patience`` epochs?"""
+        select = self.recipe.select
+        scores = {e["epoch"]: _score(e[select], self.task.primary)[0] for e in self.history if e.get(select)}
+        if not self.recipe.patience or not scores:
+            return False
+        peak: int = max(scores, key=lambda epoch: scores[epoch])
+        return self.epoch - 1 - peak >= self.recipe.patience
+
+    # ---- checkpoints and stopping --------------------------------------------------------------------------------
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """All tensors of the trained adapters, ``"name/key"``."""
+        adapters: Any = self.model.adapters
+        return {f"{name}/{key}": v for name in self.trained for key, v in adapters[name].state_dict().items()}
+
+    def load_adapters(self, state: Mapping[str, Tensor]) -> None:
+        adapters: Any = self.model.adapters
+        for name in {key.split("/", 1)[0] for key in state}:
+            own = {key.split("/", 1)[1]: value for key, value in state.items() if key.split("/", 1)[0] == name}
+            adapters[name].load_state_dict(own)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two starts to be one run."""
+        adapters: Any = self.model.adapters
+        methods = {f"adapters.{name}": str(adapter.method.config) for name, adapter in adapters.items()}
+        config = self.info.get("config") or {"recipe": self.recipe.to_dict()}
+        return {**run_identity(config), **methods, "seed": self.seed, "data_fingerprint": self.data.fingerprint}
+
+    def write_checkpoint(self) -> None:
+        """Everything that continuing needs, in one atomic file; the previous one stays until this one is complete."""
+        ranks = gather_object([rng_state()]) if self.world > 1 else [rng_state()]
+        scaler = self.accelerator.scaler
+        position = f"epoch {self.epoch}, step {self.step}"
+        if self.main:
+            write_checkpoint(
+                self.checkpoint_file,
+                {
+                    "identity": self.identity(),
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "loss_sum": self.loss_sum,
+                    "samples": self.samples,
+                    "epoch_seconds": self.epoch_seconds,
+                    "train_seconds": self.train_seconds,
+                    "total_seconds": self.total_seconds(),
+                    "history": self.history,
+                    "best": self.best,
+                    "best_state": self.best_state,
+                    "adapters": self.adapter_state(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    "rng": ranks,
+                },
+            )
+        self.accelerator.wait_for_everyone()
+        self.saved_at = position
+
+    def read_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint, if there is one and it belongs to this very run."""
+        if not self.checkpoint_file.exists():
+            return None
+        state = read_checkpoint(self.checkpoint_file)
+        changed_fields(self.out, state["identity"], self.identity())
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.load_adapters(state["adapters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.loss_sum, self.samples, self.epoch_seconds = state["loss_sum"], state["samples"], state["epoch_seconds"]
+        self.train_seconds, self.earlier_seconds = state["train_seconds"], state["total_seconds"]
+        self.history, self.best, self.best_state = state["history"], state["best"], state["best_state"]
+        self.adapter_saved = bool(self.best_state)
+        if self.rank < len(state["rng"]):
+            set_rng_state(state["rng"][self.rank])
+        self.saved_at = f"epoch {self.epoch}, step {self.step}"
+
+    def agreed_stop(self) -> bool:
+        if self.world == 1:
+            return self.stop.wanted
+        asked = torch.tensor(float(self.stop.wanted), device=self.device)
+        return bool(self.accelerator.reduce(asked) > 0)
+
+    def interrupt(self) -> None:
+        """Write a checkpoint and leave as Ctrl-C does."""
+        self.write_checkpoint()
+        self.display.close()
+        self.display.say(f"Interrupted at {self.saved_at}; checkpoint written. Continue with --resume.")
+        raise KeyboardInterrupt(f"checkpoint at {self.saved_at}")
+
+    # ---- results -------------------------------------------------------------------------------------------------
+
+    def conclude(self) -> RunResult:
+        """Load the selected state, evaluate it on every split, save the adapter and write the record."""
+        if self.best_state:
+            self.load_adapters(self.best_state)
+        self.events.finish()
+        final: dict[str, Any] = {"val": None, "test": None, "per_class": None}
+        confusion, examples = None, []
+        for split in ("val", "test"):  # test comes last: where it exists, details are of test
+            found = self.outputs(split)
+            if found:
+                final[split] = self.task.metrics(*found)
+                final["per_class"] = self.task.per_class(*found)
+                confusion = self.task.confusion(*found)
+                examples = choose_examples(self.task.outcome(*found), self.data, split) if self.main else []
+        self.save_adapter()
+        if self.main:
+            write_thumbnails(self.out, self.data, examples)
+        record = self.write_record("finished", final=final, confusion=confusion, examples=examples)
+        self.accelerator.wait_for_everyone()
+        self.model.eval()
+        return RunResult(self.out, record)
+
+    def save_adapter(self) -> None:
+        if self.main:
+            for name in self.trained:
+                path = self.out / "adapter" if len(self.trained) == 1 else self.out / "adapter" / name
+                ps.save(self.model, path, name=name, metadata=self.info.get("metadata"))
+        self.adapter_saved = True
+        self.accelerator.wait_for_everyone()
+
+    def total_seconds(self) -> float:
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def write_record(self, status: str, *, error: str | None = None, **parts: Any) -> dict[str, Any]:
+        steps = self.epoch * self.steps + self.step
+        adapters: Any = self.model.adapters
+        methods = [adapters[name].method.config for name in self.trained] if hasattr(self, "trained") else []
+        files = sorted(p for p in (self.out / "adapter").rglob("*.safetensors")) if self.adapter_saved else []
+        record = {
+            "format": 1,
+            "status": status,
+            "plugin": self.info.get("plugin"),
+            "config": self.info.get("config") or {"recipe": self.recipe.to_dict()},
+            "seed": self.seed,
+            "versions": versions(),
+            "platform": platform_facts(self.device, self.world, self.recipe.precision),
+            "data": {
+                "fingerprint": self.data.fingerprint,
+                "classes": list(self.data.classes),
+                "multi_label": self.data.multi_label,
+                "info": self.data.info,
+            },
+            "method": {
+                "name": "+".join(m.method for m in methods),
+                "config": methods[0].to_dict() if len(methods) == 1 else [m.to_dict() for m in methods],
+                "plan": self.info.get("plan"),
+            },
+            "parameters": ps.summary(self.model).to_dict(),
+            "metric": self.task.primary,
+            "history": self.history,
+            "best": self.best,
+            "final": {"val": None, "test": None, "per_class": None},
+            "confusion": None,
+            "examples": [],
+            "time": {
+                "total_s": round(self.total_seconds(), 3),
+                "train_s": round(self.train_seconds, 3),
+                "per_step_ms": round(1000 * self.train_seconds / steps, 3) if steps else None,
+            },
+            "memory": {"peak_mib": self.memory.mib() if hasattr(self, "memory") else None},
+            "adapter": {"path": "adapter", "bytes": sum(p.stat().st_size for p in files)} if files else None,
+            "error": error,
+            **parts,
+        }
+        if self.main:
+            with contextlib.suppress(TrainingError) if error else contextlib.nullcontext():
+                write_json(self.out / "run.json", record)
+        return record
+
+
+def _score(metrics: Mapping[str, float | None], name: str) -> tuple[float, float]:
+    """What selection compares: the primary metric, then the negative loss."""
+    value, loss = metrics.get(name), metrics.get("loss")
+    return -math.inf if value is None else value, -math.inf if loss is None else -loss
