@@ -1,0 +1,427 @@
+"""The pages: facts from ``run.json`` laid out by the templates beside this file. Every value is escaped by Jinja."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from peft_suite.errors import FileFormatError
+from peft_suite.report import plots
+from peft_suite.report.records import (
+    Run,
+    find_runs,
+    group_runs,
+    number,
+    numbers,
+    primary_name,
+    read_run,
+    section,
+)
+from peft_suite.storage import write_bytes
+
+__all__ = ["group_page", "run_page"]
+
+EXAMPLES = 24
+_NONE = "\N{EN DASH}"
+_COLUMNS = (
+    "task",
+    "method",
+    "metric",
+    "mean",
+    "std",
+    "seeds",
+    "trainable",
+    "share",
+    "adapter_bytes",
+    "seconds",
+    "peak_mib",
+)
+
+
+def run_page(run_dir: Path) -> Path:
+    """Write ``curves.png`` and ``report.html`` for one run."""
+    run = read_run(run_dir)
+    data = run.data
+    history = [h for h in data.get("history") or () if isinstance(h, Mapping)]
+    name, _ = run.primary()
+    best = number(section(data, "best").get("epoch"))
+    curves = plots.curves(history, None if best is None else int(best), name) if history else None
+    if curves:
+        write_bytes(run.path / "curves.png", curves)
+    classes = [str(c) for c in section(data, "data").get("classes") or ()]
+    matrix = _matrix(data.get("confusion"))
+    right, wrong = _examples(run)
+    html = _render(
+        "run.html",
+        title=f"{run.method} on {run.task}",
+        run=run,
+        data=data,
+        cards=_cards(run),
+        metrics=_metric_table(data),
+        task=_facts(_task_facts(run, classes)),
+        info=_facts(section(section(data, "data"), "info")),
+        method=_method_facts(section(data, "method").get("config")),
+        plan=_plan(section(section(data, "method"), "plan")),
+        parameters=_facts({k: v for k, v in section(data, "parameters").items() if not isinstance(v, list | Mapping)}),
+        curves=_uri(curves),
+        confusion=_uri(plots.confusion(matrix, classes)) if matrix else "",
+        confused=_confused(matrix, classes),
+        per_class=_per_class(section(data, "final").get("per_class"), classes, matrix),
+        right=right,
+        wrong=wrong,
+        costs=_facts({**section(data, "time"), **section(data, "memory")}),
+        config=json.dumps(data.get("config") or {}, indent=2, ensure_ascii=False),
+        versions=_facts({**section(data, "versions"), **section(data, "platform")}),
+        commands=_commands(run),
+    )
+    return write_bytes(run.path / "report.html", html.encode())
+
+
+def group_page(root: Path, kind: str) -> Path:
+    """Write the page over many runs: ``summary`` (several seeds) or ``comparison`` (a grid)."""
+    runs, broken = find_runs(root)
+    if not runs and not broken:
+        raise FileFormatError(f"There is no run.json below {root}. Give a folder that train or bench wrote.")
+    groups = group_runs(runs)
+    names = [n for r in runs if r.finished for n in r.scores()[1]]
+    metric = next((r.metric for r in runs if r.metric), "") or primary_name(dict.fromkeys(names))
+    rows = [g.row(metric) for g in groups]
+    rows.sort(key=lambda r: (r["task"], math.inf if r["mean"] is None else -r["mean"]))
+    failures = [(str(p.relative_to(root)), reason) for p, reason in broken]
+    for run in runs:
+        if not run.finished:
+            label = f"{run.task}, {run.method}, seed {run.seed} ({run.path.relative_to(root)})"
+            failures.append((label, run.error or f"status: {run.data.get('status') or 'unknown'}"))
+    picture = plots.tradeoffs(rows, metric) if len(groups) > 1 and any(r["mean"] is not None for r in rows) else None
+    known = [r["mean"] for r in rows if r["mean"] is not None]
+    seeds = sorted({r.seed for r in runs})
+    html = _render(
+        "group.html",
+        title="Comparison of methods"
+        if kind == "comparison"
+        else f"{groups[0].method if groups else 'Runs'} over seeds",
+        metric=metric,
+        rows=rows,
+        best=_best(rows),
+        top=max(known, default=0.0),
+        tasks=list(dict.fromkeys(r["task"] for r in rows)),
+        seeds=seeds,
+        finished=sum(r.finished for r in runs),
+        total=len(runs) + len(broken),
+        picture=_uri(picture),
+        runs=[_run_row(r, root, metric) for r in runs],
+        failures=failures,
+        versions=_facts({**section(runs[0].data, "versions"), **section(runs[0].data, "platform")} if runs else {}),
+    )
+    stem = root / kind
+    record = {"format": 1, "metric": metric, "rows": rows, "failures": [{"run": a, "reason": b} for a, b in failures]}
+    write_bytes(stem.with_suffix(".json"), json.dumps(record, indent=2).encode())
+    if kind == "comparison":
+        write_bytes(stem.with_suffix(".csv"), _csv(rows))
+        if picture:
+            write_bytes(stem.with_suffix(".png"), picture)
+    return write_bytes(stem.with_suffix(".html"), html.encode())
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    folder = Path(__file__).with_name("templates")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(metric=show_metric, count=show_count, size=show_bytes, seconds=show_seconds, mib=_mib)
+    return environment
+
+
+def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(**values)
+
+
+def show_metric(value: Any, name: str = "") -> str:
+    """Shares as percent, other numbers with four digits."""
+    known = number(value)
+    if known is None:
+        return _NONE
+    return f"{100 * known:.1f} %" if 0 <= known <= 1 and "loss" not in name.lower() else f"{known:.4g}"
+
+
+def show_count(value: Any) -> str:
+    """1234567 as 1,234,567."""
+    known = number(value)
+    return _NONE if known is None else (f"{known:,.0f}" if known == int(known) else f"{known:,.4g}")
+
+
+def show_bytes(value: Any) -> str:
+    """Bytes in binary units."""
+    known = number(value)
+    if known is None:
+        return _NONE
+    for unit in ("B", "KiB", "MiB"):
+        if known < 1024:
+            return f"{known:.0f} B" if unit == "B" else f"{known:.1f} {unit}"
+        known /= 1024
+    return f"{known:.1f} GiB"
+
+
+def show_seconds(value: Any) -> str:
+    """A duration for people."""
+    known = number(value)
+    if known is None:
+        return _NONE
+    if known < 90:
+        return f"{known:.3g} s"
+    minutes, seconds = divmod(round(known), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _mib(value: Any) -> str:
+    known = number(value)
+    return _NONE if known is None else (f"{known:,.0f} MiB" if known >= 10 else f"{known:.1f} MiB")
+
+
+def _uri(png: bytes | None) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode() if png else ""
+
+
+def _cards(run: Run) -> list[tuple[str, str, str]]:
+    split, _ = run.scores()
+    name, value = run.primary()
+    cost = run.measured()
+    share = f"{100 * cost['trainable'] / cost['total']:.2f} % of all" if cost["trainable"] and cost["total"] else ""
+    step = number(section(run.data, "time").get("per_step_ms"))
+    best = section(run.data, "best")
+    epoch = number(best.get("epoch"))  # stored from 0, shown from 1
+    chosen = "" if epoch is None else f"epoch {epoch + 1:.0f}, chosen by {best.get('selected_by') or 'the loop'}"
+    cards = [
+        (f"{name} ({split})", show_metric(value, name), chosen),
+        ("trainable parameters", show_count(cost["trainable"]), share),
+        ("adapter file", show_bytes(cost["adapter_bytes"]), ""),
+        ("time", show_seconds(cost["seconds"]), f"{step:.1f} ms per step" if step is not None else ""),
+        ("peak memory", _mib(cost["peak_mib"]), ""),
+    ]
+    return [card for card in cards if card[1] != _NONE]
+
+
+def _metric_table(data: Mapping[str, Any]) -> dict[str, Any]:
+    final = section(data, "final")
+    found = {"best epoch": numbers(section(section(data, "best"), "metrics"))}
+    found.update({split: numbers(section(final, split)) for split in ("val", "test")})
+    columns = {split: values for split, values in found.items() if values}
+    names = list(dict.fromkeys(n for values in columns.values() for n in values))
+    rows = [(n, [show_metric(v.get(n), n) for v in columns.values()]) for n in names]
+    return {"columns": list(columns), "rows": rows}
+
+
+def _task_facts(run: Run, classes: Sequence[str]) -> dict[str, Any]:
+    config = section(run.data, "config")
+    shown = ", ".join(classes[:12]) + (f" and {len(classes) - 12} more" if len(classes) > 12 else "")
+    backbone = section(config, "backbone")
+    weights = backbone.get("checkpoint") or ("published" if backbone.get("pretrained") else "random")
+    return {
+        "plugin": run.data.get("plugin"),
+        "backbone": run.backbone,
+        "weights": weights if backbone else None,
+        "data": section(config, "data").get("root"),
+        "classes": f"{len(classes)}: {shown}" if classes else None,
+        "seed": run.data.get("seed"),
+        "data fingerprint": section(run.data, "data").get("fingerprint"),
+    }
+
+
+def _method_facts(config: Any) -> list[tuple[str, str]]:
+    if isinstance(config, list):  # several adapters trained together
+        return [fact for one in config for fact in _method_facts(one)]
+    return _facts(config) if isinstance(config, Mapping) else []
+
+
+def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(_key(str(k)), _text(str(k), v)) for k, v in values.items() if v is not None and v != ""]
+
+
+def _key(key: str) -> str:
+    for unit in ("_mib", "_ms", "_s"):  # the value is shown with its unit
+        key = key.removesuffix(unit)
+    return key.replace("_", " ")
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int | float):
+        if key.endswith("bytes"):
+            return show_bytes(value)
+        if key.endswith("_mib"):
+            return _mib(value)
+        if key.endswith("_ms"):
+            return f"{value:.4g} ms"
+        if key.endswith("_s") or key == "seconds":
+            return show_seconds(value)
+        return show_count(value) if isinstance(value, int) and abs(value) > 999 else f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {_text(str(k), v)}" for k, v in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(_text("", v) for v in value[:40]) + (" ..." if len(value) > 40 else "") or "none"
+    return str(value)
+
+
+def _plan(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's single values, and its first list of records as a table."""
+    facts = {k: v for k, v in plan.items() if not isinstance(v, list | Mapping)}
+    for records in plan.values():
+        if isinstance(records, list) and records and all(isinstance(r, Mapping) for r in records):
+            columns = list(dict.fromkeys(str(k) for r in records for k in r))
+            rows = [[_text(c, r.get(c)) if r.get(c) is not None else "" for c in columns] for r in records]
+            numeric = [all(number(r.get(c)) is not None or r.get(c) is None for r in records) for c in columns]
+            return {"facts": _facts(facts), "columns": columns, "rows": rows, "numeric": numeric}
+    return {"facts": _facts(facts), "columns": [], "rows": [], "numeric": []}
+
+
+def _matrix(value: Any) -> list[list[float]]:
+    if not isinstance(value, list) or not value or not all(isinstance(r, list) and len(r) == len(value) for r in value):
+        return []
+    return [[number(v) or 0.0 for v in row] for row in value]
+
+
+def _name(classes: Sequence[str], index: int) -> str:
+    return classes[index] if 0 <= index < len(classes) else str(index)
+
+
+def _confused(matrix: Sequence[Sequence[float]], classes: Sequence[str]) -> list[tuple[str, str, int, str]]:
+    found = []
+    for i, row in enumerate(matrix):
+        found += [(count, i, j, sum(row)) for j, count in enumerate(row) if i != j and count > 0]
+    found.sort(reverse=True)
+    return [(_name(classes, i), _name(classes, j), int(n), f"{100 * n / total:.0f} %") for n, i, j, total in found[:8]]
+
+
+def _per_class(
+    values: Any, classes: Sequence[str], matrix: Sequence[Sequence[float]]
+) -> list[tuple[str, float, int | None]]:
+    """(class, score, samples or None), the weakest first."""
+    pairs: list[tuple[str, Any]]
+    if isinstance(values, Mapping):
+        pairs = [(str(k), v) for k, v in values.items()]
+        if len(pairs) == 1 and isinstance(pairs[0][1], Mapping | list):
+            return _per_class(pairs[0][1], classes, matrix)
+    elif isinstance(values, list):
+        pairs = [(_name(classes, i), v) for i, v in enumerate(values)]
+    else:
+        pairs = [(_name(classes, i), row[i] / sum(row)) for i, row in enumerate(matrix) if sum(row)]
+    samples = {_name(classes, i): int(sum(row)) for i, row in enumerate(matrix)}
+    rows = []
+    for name, value in pairs:
+        support: float | None = samples.get(name)
+        if isinstance(value, Mapping):
+            support = next(
+                (n for k in ("count", "support", "samples", "n") if (n := number(value.get(k))) is not None), support
+            )
+            name = str(value.get("name", name))
+            value = value.get(primary_name(k for k in value if k not in ("count", "support", "samples", "n", "name")))
+        score = number(value)
+        if score is not None:
+            rows.append((name, score, None if support is None else int(support)))
+    return sorted(rows, key=lambda r: r[1])
+
+
+def _examples(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    classes = [str(c) for c in section(run.data, "data").get("classes") or ()]
+    try:
+        images = json.loads((run.path / "examples.json").read_text("utf-8")).get("png") or []
+    except (OSError, ValueError, AttributeError):
+        images = []
+    right: list[dict[str, Any]] = []
+    wrong: list[dict[str, Any]] = []
+    for index, example in enumerate(run.data.get("examples") or ()):
+        if not isinstance(example, Mapping):
+            continue
+        image = images[index] if index < len(images) and isinstance(images[index], str) else ""
+        side = right if example.get("correct") else wrong
+        side.append(
+            {
+                "image": f"data:image/png;base64,{image}" if _is_base64(image) else "",
+                "name": str(example.get("name") or ""),
+                "target": _label(example.get("target"), classes),
+                "prediction": _label(example.get("prediction"), classes),
+                "probability": show_metric(example.get("probability")),
+            }
+        )
+    return right[:EXAMPLES], wrong[:EXAMPLES]
+
+
+def _is_base64(text: str) -> bool:
+    try:
+        return bool(text) and base64.b64decode(text, validate=True)[:4] == b"\x89PNG"
+    except ValueError:
+        return False
+
+
+def _label(value: Any, classes: Sequence[str]) -> str:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return ", ".join(_label(v, classes) for v in value) or "none" if isinstance(value, list) else str(value)
+    return _name(classes, value)
+
+
+def _commands(run: Run) -> list[tuple[str, str]]:
+    plugin = str(run.data.get("plugin") or "vision")
+    folder = str(section(run.data, "adapter").get("path") or "adapter")
+    path = Path(folder)
+    if not path.is_absolute() and (run.path / path).exists():
+        path = run.path / path
+    root = section(section(run.data, "config"), "data").get("root") or "DATA"
+    if not run.finished:
+        resume = f"peft-suite {plugin} train --config {_quote(run.path / 'config.yaml')} --resume"
+        return [("Continue this run", resume)]
+    target = _quote(path)
+    return [
+        ("Predict", f"peft-suite {plugin} predict {target} FILES... --out predictions.csv"),
+        ("Evaluate on other data", f"peft-suite {plugin} eval {target} --data {_quote(root)}"),
+        ("Merge into plain weights", f"peft-suite {plugin} merge {target} merged"),
+        ("In Python", f"import peft_suite as ps\n\nps.load(model, {str(path)!r})  # on a fresh backbone"),
+    ]
+
+
+def _quote(value: Any) -> str:
+    text = str(value)
+    plain = all(c.isalnum() or c in "/._-+=:@%," for c in text)
+    return text if plain and text else "'" + text.replace("'", "'\\''") + "'"
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["mean"] is not None and (row["task"] not in best or row["mean"] > best[row["task"]]["mean"]):
+            best[row["task"]] = row
+    return {(r["task"], r["method"]) for r in best.values()} if len(rows) > 1 else set()
+
+
+def _run_row(run: Run, root: Path, metric: str) -> dict[str, Any]:
+    page = run.path / "report.html"
+    return {
+        "task": run.task,
+        "method": run.method,
+        "seed": run.seed,
+        "status": str(run.data.get("status") or "unknown"),
+        "value": run.scores()[1].get(metric),
+        "seconds": run.measured()["seconds"],
+        "path": str(run.path.relative_to(root)),
+        "link": page.relative_to(root).as_posix() if page.exists() and page.parent != root else "",
+    }
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(_COLUMNS)
+    for row in rows:
+        cells = [" ".join(map(str, row[c])) if c == "seeds" else row[c] for c in _COLUMNS]
+        writer.writerow(["" if c is None else c for c in cells])
+    return stream.getvalue().encode()
