@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from peft_suite.config import MethodConfig
     from peft_suite.edits import Part
     from peft_suite.files import load, read_config, save
-    from peft_suite.lifecycle import activate, adapt, disabled, events, merge, plan, remove, summary, trainable, verify
+    from peft_suite.lifecycle import activate, adapt, disabled, events, plan, remove, summary, trainable
+    from peft_suite.merging import merge
     from peft_suite.method import Capabilities, Editor, Method
     from peft_suite.plugins import AnatomyEntry, DatasetEntry, MethodEntry, Plugin, VerbEntry, register
     from peft_suite.tables import Plan, Summary
+    from peft_suite.verification import verify
 
 _HOME = {
     "Adapter": "adapter",
@@ -53,7 +55,7 @@ _HOME = {
     "export_peft": "bridge",
     "import_peft": "bridge",
     "load": "files",
-    "merge": "lifecycle",
+    "merge": "merging",
     "plan": "lifecycle",
     "read_config": "files",
     "register": "plugins",
@@ -61,7 +63,7 @@ _HOME = {
     "save": "files",
     "summary": "lifecycle",
     "trainable": "lifecycle",
-    "verify": "lifecycle",
+    "verify": "verification",
 }
 __all__ = [
     "Adapter",

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from peft_suite.anatomy import Anatomy
 from peft_suite.edits import After, BatchStatistics, Before, Beside, Edit, EvalPin, Part, Reweigh, Shadow, functional_of
 from peft_suite.errors import AdapterError, AdapterNameError, UnknownNameError, closest
 from peft_suite.method import Method
-from torch import Tensor, nn
 
 __all__ = ["Adapter", "Adapters", "adapters_of"]
 

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
 from peft_suite.adapter import adapters_of
 from peft_suite.edits import Edit, Part, Trained
 from peft_suite.errors import FileFormatError, UnsupportedError
@@ -19,9 +23,6 @@ from peft_suite.lifecycle import install, prepare, trainable
 from peft_suite.method import make_method
 from peft_suite.methods.lora import LoRAConfig, LowRank
 from peft_suite.storage import write_bytes, write_text
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
 
 __all__ = ["PeftExport", "export_peft", "import_peft"]
 

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from peft_suite.anatomy import Functional
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from peft_suite.anatomy import Functional
 
 __all__ = ["Beside", "Edit", "Part", "functional_of"]
 

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
 from peft_suite.adapter import Adapter, Adapters, adapters_of
 from peft_suite.anatomy import Anatomy
 from peft_suite.edits import BatchStatistics
@@ -29,9 +33,6 @@ from peft_suite.lifecycle import described, install, prepare
 from peft_suite.method import make_method
 from peft_suite.plugins import methods
 from peft_suite.storage import write_bytes, write_text
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
 
 __all__ = ["fingerprint", "load", "read_config", "save"]
 

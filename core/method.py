@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import torch
+from torch import Tensor, nn
+
 from peft_suite.anatomy import Anatomy, Block, Point, Weight
 from peft_suite.config import MethodConfig, parse_shorthand
 from peft_suite.edits import BatchStatistics, Edit, Part, Trained, functional_of
 from peft_suite.errors import ConfigError, UnsupportedError
 from peft_suite.plugins import find_method, resolve
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft_suite.adapter import Adapter

@@ -11,12 +11,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import peft_suite as ps
 import pytest
 import torch
 from golden_cases import Case, NotCoveredError, case_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+import peft_suite as ps
 
 FOLDER = Path(os.environ.get("PEFT_SUITE_GOLDENS") or Path(__file__).parent / "goldens")
 NAMES = sorted(p.stem for p in FOLDER.glob("*.json") if p.with_suffix(".safetensors").exists())

@@ -46,10 +46,15 @@ def imports(pairs: int) -> list[dict[str, Any]]:
     for label, code in (
         ("import peft_suite", "import peft_suite"),
         ("import peft_suite and its verbs", "import peft_suite; peft_suite.adapt"),
-        ("peft-suite --help", "import sys; sys.argv = ['peft-suite', '--help']; from peft_suite.cli import main; main()"),
+        (
+            "peft-suite --help",
+            "import sys; sys.argv = ['peft-suite', '--help']; from peft_suite.cli import main; main()",
+        ),
         ("import peft", "import peft"),
     ):
-        rows.append({"what": label, "against": "import torch", **paired(process(code), torch_only, max(3, pairs // 3), 1)})
+        rows.append(
+            {"what": label, "against": "import torch", **paired(process(code), torch_only, max(3, pairs // 3), 1)}
+        )
     return rows
 
 
@@ -67,7 +72,9 @@ def verbs(pairs: int) -> list[dict[str, Any]]:
     folder = Path(tempfile.mkdtemp())
     stage: dict[str, nn.Module] = {}
 
-    def timed(label: str, prepare: Callable[[str], None], ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, Any]:
+    def timed(
+        label: str, prepare: Callable[[str], None], ours: Callable[[], Any], theirs: Callable[[], Any]
+    ) -> dict[str, Any]:
         from time import perf_counter
 
         a, b = [], []
@@ -97,8 +104,18 @@ def verbs(pairs: int) -> list[dict[str, Any]]:
         stage["m"] = ps.adapt(fresh(), "lora(rank=8)") if who == "ours" else peft.get_peft_model(fresh(), config)
 
     rows = [
-        timed("adapt", plain, lambda: ps.adapt(stage["m"], "lora(rank=8)"), lambda: peft.get_peft_model(stage["m"], config)),
-        timed("save", adapted, lambda: ps.save(stage["m"], folder / "ours"), lambda: stage["m"].save_pretrained(folder / "peft")),
+        timed(
+            "adapt",
+            plain,
+            lambda: ps.adapt(stage["m"], "lora(rank=8)"),
+            lambda: peft.get_peft_model(stage["m"], config),
+        ),
+        timed(
+            "save",
+            adapted,
+            lambda: ps.save(stage["m"], folder / "ours"),
+            lambda: stage["m"].save_pretrained(folder / "peft"),
+        ),
         timed(
             "load",
             plain,
@@ -149,7 +166,12 @@ def merged(spec: str, new: Callable[[], nn.Module], x: Tensor) -> dict[str, Any]
     plain, model = new().eval(), new().eval()
     ps.merge(ps.adapt(model, spec))
     a, b = forward_ops(model, x), forward_ops(plain, x)
-    return {"what": f"{spec}, merged inference", "against": "plain model", "same_ops": a == b, "ops": [a.total(), b.total()]}
+    return {
+        "what": f"{spec}, merged inference",
+        "against": "plain model",
+        "same_ops": a == b,
+        "ops": [a.total(), b.total()],
+    }
 
 
 def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
@@ -179,7 +201,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     console = Console(width=160, record=True)
-    console.print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, 1 thread, {datetime.date.today()}")
+    console.print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, 1 thread, {datetime.date.today()}"
+    )
     results: dict[str, Any] = {
         "date": str(datetime.date.today()),
         "machine": platform.machine(),

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from peft_suite.anatomy import Anatomy, Point, Weight
 from peft_suite.config import MethodConfig
 from peft_suite.edits import Part
 from peft_suite.errors import UnsupportedError, closest
 from peft_suite.method import Capabilities, Editor, Method
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 Rows = tuple[int, int]
 
@@ -200,7 +201,7 @@ class _SlicedUpdate(torch.autograd.Function):
 
 
 def spread(b: Tensor, slices: Sequence[Rows], shared: bool, out: int) -> Tensor:
-    """Stacked slices of B, ``[sum of heights, r]``, in their rows and columns of ``[out, rows of A]``, zero elsewhere."""
+    """Stacked slices of B, ``[sum of heights, r]``, in their places of ``[out, rows of A]``, zero elsewhere."""
     rank, row, blocks = b.shape[1], 0, []
     width = rank if shared else rank * len(slices)
     for i, (block, (start, stop)) in enumerate(zip(torch.split(b, [t - s for s, t in slices]), slices, strict=True)):

@@ -1,4 +1,4 @@
-"""The core on models made here: streams in keywords and tuples, batch norm, direct parameters, dtypes, folding order."""
+"""The core on models made here: streams in keywords and tuples, batch norm, direct parameters, dtypes, folding."""
 
 from __future__ import annotations
 
