@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft_suite.errors import StorageError
 
-__all__ = ["atomic", "write_bytes", "write_text"]
+__all__ = ["atomic", "write_bytes", "write_json", "write_text"]
 
 
 @contextmanager
@@ -33,8 +35,11 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except Exception as error:
+        # Other libraries wrap the system's refusal in errors of their own.
+        if not isinstance(error, OSError) and "os error" not in str(error).lower():
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(
             f"Cannot write {target}: {reason}. What was there before is intact. Free space or choose another folder."
         ) from error
@@ -52,6 +57,11 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
 def write_text(path: str | os.PathLike[str], content: str) -> Path:
     """Write UTF-8 text atomically; raises StorageError."""
     return _write(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 1) -> Path:
+    """Write JSON atomically; raises StorageError."""
+    return write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def _write(path: str | os.PathLike[str], put: Callable[[Path], object]) -> Path:

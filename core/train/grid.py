@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from peft_suite.errors import ConfigError, closest
+from peft_suite.storage import write_json
 from peft_suite.train.config import RunConfig
 from peft_suite.train.record import RunResult, read_run
 from peft_suite.train.running import _main, _report, failed_record, run_once
-from peft_suite.train.state import write_json
 
 __all__ = ["bench"]
 

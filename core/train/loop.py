@@ -15,7 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import peft_suite as ps
-from peft_suite.errors import ConfigError, DataError, TrainingError
+from peft_suite.errors import ConfigError, DataError, StorageError, TrainingError
+from peft_suite.storage import write_json
 from peft_suite.train.config import Recipe
 from peft_suite.train.contracts import DataSplits
 from peft_suite.train.display import Display
@@ -48,7 +49,6 @@ from peft_suite.train.state import (
     seed_everything,
     set_rng_state,
     write_checkpoint,
-    write_json,
 )
 from peft_suite.train.stopping import StopRequest
 from peft_suite.train.task import Task, as_task
@@ -583,7 +583,7 @@ class _Training:
             **parts,
         }
         if self.main:
-            with contextlib.suppress(TrainingError) if error else contextlib.nullcontext():
+            with contextlib.suppress(StorageError) if error else contextlib.nullcontext():
                 write_json(self.out / "run.json", record)
         return record
 

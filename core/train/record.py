@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from peft_suite.errors import ConfigError, FileFormatError
+from peft_suite.storage import write_json
 from peft_suite.train.contracts import DataSplits
-from peft_suite.train.state import write_json
 from peft_suite.train.task import Outcome
 
 __all__ = [

@@ -7,9 +7,8 @@ rest as JSON into its header, where ``{"__tensor__": key}`` stands for a tensor.
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,16 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_suite.errors import FileFormatError, TrainingError
+from peft_suite.errors import FileFormatError
+from peft_suite.storage import atomic
 
 __all__ = [
-    "atomic",
     "read_checkpoint",
     "rng_state",
     "seed_everything",
     "set_rng_state",
     "write_checkpoint",
-    "write_json",
 ]
 
 _FORMAT = "peft-suite-checkpoint-1"
@@ -66,39 +64,13 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary neighbour, then move it over ``path``; a kill at any time leaves old or new.
-
-    Raises:
-        TrainingError: the file cannot be written (disk full, no permission); what was at ``path`` is intact.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise TrainingError(
-            f"Cannot write {path}: {error}. What was there before is intact. Free some space or choose another "
-            "output directory, then continue with --resume."
-        ) from error
-
-
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(value, indent=indent)
-    atomic(path, lambda temporary: (temporary.write_text(text, encoding="utf-8"), None)[1])
-
-
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write ``state`` atomically to one file."""
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_pack(state, tensors))
     metadata = {"format": _FORMAT, "state": header}
-    atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

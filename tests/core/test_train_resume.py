@@ -13,7 +13,7 @@ import pytest
 from train_material import RECIPE, adapted, register_textures, run_config, splits
 
 import peft_suite.train.state as state
-from peft_suite.errors import ConfigError, FileFormatError, TrainingError
+from peft_suite.errors import ConfigError, FileFormatError, StorageError
 from peft_suite.train import bench, fit, run
 
 HERE = Path(__file__).parent
@@ -137,7 +137,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(TrainingError, match=r"No space left.*intact"):
+    with pytest.raises(StorageError, match=r"No space left.*intact"):
         state.write_checkpoint(path, {"epoch": 2})
     monkeypatch.undo()
     assert state.read_checkpoint(path)["epoch"] == 1
