@@ -6,14 +6,15 @@ from typing import Any
 
 import timm
 import torch
-from peft_suite.anatomy import Anatomy, Block, Point, Weight
-from peft_suite.edits import Beside
-from peft_suite.errors import BackboneError
 from timm.layers import LayerNorm, LayerNormFp32, fast_layer_norm, use_reentrant_ckpt
 from timm.models.vision_transformer import Block as ViTBlock
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from peft_suite.anatomy import Anatomy, Block, Point, Weight
+from peft_suite.edits import Beside
+from peft_suite.errors import BackboneError
 
 
 def describe(model: VisionTransformer) -> Anatomy:

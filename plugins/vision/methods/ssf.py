@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
+
 from peft_suite.anatomy import Anatomy
 from peft_suite.config import MethodConfig
 from peft_suite.edits import Part
 from peft_suite.method import Capabilities, Editor, Method
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
+
 from peft_suite.anatomy import Anatomy
 from peft_suite.config import MethodConfig
 from peft_suite.edits import Part
 from peft_suite.errors import UnsupportedError
 from peft_suite.method import Capabilities, Editor, Method
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class VPT(Method[VPTConfig]):
     """
 
     config_class = VPTConfig
+    examples = ("vpt(num_tokens=3)", "vpt(num_tokens=3, deep=True)")
 
     @property
     def capabilities(self) -> Capabilities:

@@ -1,0 +1,162 @@
+"""Decoding and checking images, and the data set that hands them to the loader."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from peft_suite.errors import DataError
+from peft_suite.vision.lists import Sample
+from peft_suite.vision.transforms import Preprocess, StandardAugment, light_augment, to_rgb
+
+__all__ = ["ImageDataset", "Opener", "decode", "verify"]
+
+CACHE_BYTES = 256 * 2**20
+PROGRESS_FROM = 2000
+
+Opener = Callable[[Sample], Image.Image]
+Pixels = np.ndarray[Any, Any]
+
+
+class ImageDataset(Dataset[Any]):
+    """Samples ``(image [3, H, W], target)``; with ``targets=None`` just the image.
+
+    Args:
+        samples: names, labels and places.
+        goal: size and normalisation.
+        targets: number of classes for 0/1 vectors, 0 for an index, None for no target.
+        augment: "none", "light" or "standard" (with ``standard`` given).
+        seed: first part of every sample's random seed.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        goal: Preprocess,
+        targets: int | None,
+        *,
+        opener: Opener | None = None,
+        cache: Sequence[Pixels] | None = None,
+        augment: str = "none",
+        standard: StandardAugment | None = None,
+        hflip: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.samples, self.goal, self.targets = samples, goal, targets
+        self.opener, self.cache = opener, cache
+        self.augment, self.standard, self.hflip, self.seed = augment, standard, hflip, seed
+        self.ignored = 0
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of the augmentation; call it at the start of every epoch."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        image = self.image(index)
+        seed = int.from_bytes(
+            hashlib.blake2b(f"{self.seed}/{self._epoch.item()}/{index}".encode(), digest_size=6).digest()
+        )
+        if self.standard is not None:
+            pixels = self.standard(image, seed)
+        elif self.augment == "light":
+            pixels = self.goal.tensor(light_augment(image, self.goal, self.hflip, random.Random(seed)))
+        else:
+            pixels = self.goal.tensor(self.goal.fit(image))
+        return pixels if self.targets is None else (pixels, self.target(index))
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded RGB image, before any resizing."""
+        if self.cache is not None:
+            return Image.fromarray(self.cache[index])
+        try:
+            return decode(self.samples[index], self.opener)
+        except Exception as error:
+            raise DataError(f"{self.samples[index].name!r} became unreadable during the run: {error}.") from error
+
+    def target(self, index: int) -> Any:
+        labels = self.samples[index].labels
+        if not self.targets:
+            return labels[0]
+        vector = torch.zeros(self.targets)
+        vector[list(labels)] = 1.0
+        return vector
+
+
+def decode(sample: Sample, opener: Opener | None) -> Image.Image:
+    if opener is not None:
+        return to_rgb(opener(sample))
+    with Image.open(sample.path) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def _check_one(sample: Sample, opener: Opener | None) -> Pixels | str:
+    """The pixels ``[H, W, 3]``, or what is wrong with the file."""
+    try:
+        if opener is None:
+            with Image.open(sample.path) as image:
+                image.verify()  # checksums, where the format has them; the file must be opened again to decode
+        return np.asarray(decode(sample, opener))
+    except FileNotFoundError:
+        return "the file does not exist"
+    except Exception as error:
+        return str(error).split(" <_io")[0].split(" '")[0] or type(error).__name__
+
+
+def verify(
+    samples: Sequence[Sample], opener: Opener | None, split: str, *, check: bool = True, skip: bool = False
+) -> tuple[list[Sample], list[Any] | None, list[tuple[str, str]]]:
+    """(readable samples, their pixels if these are few, [(name, reason)] of the others)."""
+    if not check:
+        return list(samples), None, []
+    good: list[Sample] = []
+    bad: list[tuple[str, str]] = []
+    cache: list[Any] | None = []
+    used = 0
+    for sample, result in zip(samples, _decoded(samples, opener, split), strict=True):
+        if isinstance(result, str):
+            bad.append((sample.name, result))
+            continue
+        good.append(sample)
+        if cache is not None:
+            used += result.nbytes
+            cache.append(result)
+            cache = cache if used <= CACHE_BYTES else None
+    if bad and not skip:
+        listing = "; ".join(f"{name!r} ({reason})" for name, reason in bad[:5])
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        advice = (
+            "Repair or remove them." if split == "input" else "Repair or remove them, or set skip_bad (--skip-bad)."
+        )
+        raise DataError(f"{len(bad)} of {len(samples)} {split} images cannot be read: {listing}{more}. {advice}")
+    return good, cache, bad
+
+
+def _decoded(samples: Sequence[Sample], opener: Opener | None, split: str) -> Iterable[Pixels | str]:
+    """Results of :func:`_check_one` in order, computed in threads a chunk at a time so that memory stays small."""
+    threads = 1 if opener is not None else min(8, os.cpu_count() or 1)
+    chunks = (samples[i : i + 256] for i in range(0, len(samples), 256))
+    if len(samples) >= PROGRESS_FROM and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        total = math.ceil(len(samples) / 256)
+        chunks = track(chunks, f"Checking {len(samples)} {split} images", total, console=Console(stderr=True))  # type: ignore[assignment]
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in chunks:
+            yield from pool.map(lambda sample: _check_one(sample, opener), chunk)
