@@ -6,13 +6,12 @@ Everything here is names and numbers: an anatomy holds no module and no tensor.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_suite.errors import BackboneError, UnsupportedError, closest
-from peft_suite.plugins import AnatomyEntry, Plugin, plugins, resolve
+from peft_suite.plugins import families, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -135,24 +134,13 @@ class Anatomy:
         return block.weights[role]
 
 
-@functools.cache
-def _entries() -> dict[str, tuple[AnatomyEntry, Plugin]]:
-    table: dict[str, tuple[AnatomyEntry, Plugin]] = {}
-    for found in plugins():
-        if found.plugin:
-            for entry in found.plugin.anatomies:
-                for name in entry.classes:
-                    table[name] = (entry, found.plugin)
-    return table
-
-
 def anatomy_of(model: nn.Module) -> Anatomy:
     """Describe ``model`` through the first class of its hierarchy that a plugin knows.
 
     Raises:
         BackboneError: no installed plugin describes the model.
     """
-    table = _entries()
+    table = families()
     for cls in type(model).__mro__:
         name = f"{cls.__module__}.{cls.__qualname__}"
         if name in table:
@@ -163,9 +151,9 @@ def anatomy_of(model: nn.Module) -> Anatomy:
                     f"{entry.target} of plugin {plugin.name!r} returned {type(anatomy).__name__}, not Anatomy."
                 )
             return anatomy
-    families = sorted({entry.family for entry, _ in table.values()})
+    known = sorted({entry.family for entry, _ in table.values()})
     raise BackboneError(
         f"No anatomy describes {type(model).__module__}.{type(model).__qualname__}. "
-        f"{closest(type(model).__name__, families)} "
+        f"{closest(type(model).__name__, known)} "
         "Pass anatomy=Anatomy(...) to describe it yourself, or install the plugin for its family."
     )

@@ -56,6 +56,7 @@ class Method(Generic[C]):
     """
 
     config_class: ClassVar[type[MethodConfig]]
+    examples: ClassVar[tuple[str, ...]] = ()  # shorthands that suit a tiny model, for the conformance suite
 
     def __init__(self, config: C) -> None:
         self.config = config

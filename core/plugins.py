@@ -26,6 +26,7 @@ __all__ = [
     "MethodEntry",
     "Plugin",
     "VerbEntry",
+    "families",
     "find_method",
     "find_plugin",
     "methods",
@@ -66,14 +67,14 @@ class AnatomyEntry:
         family: name for messages, for example ``"timm-vit"``.
         classes: qualified class names, ``"timm.models.vision_transformer.VisionTransformer"``; subclasses count.
         target: ``"module:function"``, called with the model, returns a :class:`peft_suite.Anatomy`.
-        example: ``"module:function"`` without arguments that returns ``(model, batch)``: a tiny, randomly initialised
-            member of the family for the conformance suite.
+        examples: ``"module:function"`` names; each returns ``(model, batch)`` without arguments: tiny, randomly
+            initialised members of the family for the conformance suite.
     """
 
     family: str
     classes: tuple[str, ...]
     target: str
-    example: str = ""
+    examples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def register(plugin: Plugin) -> None:
         raise PluginError(f"A plugin named {plugin.name!r} is already registered. Choose another name.")
     _local[plugin.name] = plugin
     _checked.cache_clear()
+    families.cache_clear()
 
 
 def plugins() -> tuple[FoundPlugin, ...]:
@@ -224,6 +226,12 @@ def _refuse_duplicates(found: list[FoundPlugin]) -> tuple[FoundPlugin, ...]:
                     f"PEFT_SUITE_DISABLE={item.name}."
                 )
     return tuple(found)
+
+
+@functools.cache
+def families() -> dict[str, tuple[AnatomyEntry, Plugin]]:
+    """Every described class name with its entry and the plugin that provides it."""
+    return {name: (entry, plugin) for _, plugin in _working() for entry in plugin.anatomies for name in entry.classes}
 
 
 def _working() -> Iterator[tuple[FoundPlugin, Plugin]]:

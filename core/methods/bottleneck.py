@@ -134,6 +134,13 @@ class Bottleneck(Method[BottleneckConfig]):
     """Build one bottleneck per block and position."""
 
     config_class = BottleneckConfig
+    examples = (
+        "adapter(bottleneck=3)",
+        "houlsby(bottleneck=3)",
+        "pfeiffer(bottleneck=3)",
+        "parallel-adapter(bottleneck=3)",
+        "adaptformer(bottleneck=3)",
+    )
 
     @property
     def capabilities(self) -> Capabilities:

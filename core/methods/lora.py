@@ -271,6 +271,7 @@ class LoRA(Method[LoRAConfig]):
     """Build low-rank parts for every target, one per module."""
 
     config_class = LoRAConfig
+    examples = ("lora(rank=2)", "lora(rank=2, dora=True)")
 
     @property
     def capabilities(self) -> Capabilities:
