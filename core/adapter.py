@@ -168,9 +168,7 @@ class Adapters(nn.Module):
 
     def _pin(self, model: nn.Module, on: bool) -> None:
         for pin in self._pins:
-            if pin.active != on:
-                pin.active = on
-                pin.module.train(model.training)
+            pin.switch(on)
 
     def detach(self, model: nn.Module, names: Iterable[str]) -> None:
         """Take adapters away; with the last one the model is as it was before the first."""

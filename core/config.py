@@ -125,11 +125,12 @@ def parse_shorthand(text: str) -> tuple[str, dict[str, Any]]:
         ConfigError: the text has another form.
     """
     help_ = 'Write a method as "name" or "name(field=value, ...)", for example "vpt(num_tokens=50, deep=True)".'
-    source = text.strip()
-    if source.replace("-", "_").isidentifier():
-        return source, {}
+    name, bracket, rest = text.strip().partition("(")
+    name = name.strip()
+    if name.replace("-", "_").isidentifier() and not bracket:
+        return name, {}
     try:
-        call = ast.parse(source, mode="eval").body
+        call = ast.parse(f"{name.replace('-', '_')}({rest}", mode="eval").body
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"Cannot read method {text!r}. {help_}") from error
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args):
@@ -139,7 +140,7 @@ def parse_shorthand(text: str) -> tuple[str, dict[str, Any]]:
         if keyword.arg is None:
             raise ConfigError(f"Cannot read method {text!r}. {help_}")
         values[keyword.arg] = _literal(keyword.value, text, help_)
-    return call.func.id, values
+    return name, values
 
 
 def field_table(cls: type[Config]) -> list[dict[str, Any]]:

@@ -173,6 +173,8 @@ class Reweigh:
         weight, bias = cast("Tensor | None", self.module.weight), cast("Tensor | None", self.module.bias)
         for part in self.active:
             weight, bias = part(weight, bias)
+        if weight is not None and bias is not None:
+            bias = bias.to(weight.dtype)
         if self.statistics is not None:
             return self.statistics.normalise(self.module, x, weight, bias)
         if weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
@@ -208,10 +210,24 @@ class EvalPin:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.active = False
+        self.modes: list[tuple[nn.Module, bool]] = []  # what each sub-module returns to
         module.train = self.train  # type: ignore[method-assign]
 
     def train(self, mode: bool = True) -> nn.Module:
+        """``module.train`` while this object lives."""
+        if self.active:
+            self.modes = [(m, mode) for m, _ in self.modes]
         return type(self.module).train(self.module, mode and not self.active)
+
+    def switch(self, on: bool) -> None:
+        """Pin, or give every sub-module the mode it had or was told to have."""
+        if on and not self.active:
+            self.modes = [(m, m.training) for m in self.module.modules()]
+            type(self.module).train(self.module, False)
+        elif self.active and not on:
+            for module, mode in self.modes:
+                module.training = mode
+        self.active = on
 
 
 class Trained(Part):
@@ -301,7 +317,7 @@ def _frozen_batch_norm(module: nn.Module, x: Tensor, weight: Tensor | None, bias
     if norm.running_mean is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
     mean, var = norm.running_mean, cast(Tensor, norm.running_var)
-    wide = torch.promote_types(mean.dtype, x.dtype)
+    wide = torch.promote_types(mean.dtype, x.dtype if weight is None else weight.dtype)
     return F.batch_norm(x, mean.to(wide), var.to(wide), weight, bias, False, 0.0, norm.eps)
 
 

@@ -38,6 +38,7 @@ __all__ = ["fingerprint", "load", "read_config", "save"]
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _FORMAT = 1
+_KEYS = ("method_config", "provided_by", "adapter_name", "backbone", "batchnorm", "parts", "digest")
 _SAMPLES = 64  # values per tensor that enter the fingerprint
 
 
@@ -61,8 +62,21 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     return {"shapes": shapes.hexdigest(), "weights": content.hexdigest()}
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    # A sharded tensor is gathered: every process must call save then.
+    gathered = cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return cast(Tensor, gathered).detach()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    content = hashlib.blake2b(digest_size=12)
+    for key in sorted(tensors):
+        content.update(tensors[key].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = _whole(tensor).reshape(-1)
     step = max(1, flat.numel() // _SAMPLES)
     return flat[::step][:_SAMPLES].to(torch.bfloat16)
 
@@ -84,7 +98,7 @@ def save(
     """
     adapters = adapters_of(model)
     adapter = adapters[only_name(adapters, name)]
-    tensors = {k: _plain(v) for k, v in adapter.state_dict().items()}
+    tensors = {k: _whole(v).contiguous() for k, v in adapter.state_dict().items()}
     entry = methods().get(adapter.method.name)
     origin = entry[1].distribution if entry else "unknown"
     config = {
@@ -101,7 +115,13 @@ def save(
         "batchnorm": "train" if any(isinstance(p, BatchStatistics) for _, p in adapter.parts()) else "frozen",
         "versions": _versions(),
     }
-    header = {"format": _FORMAT, **config, "parts": [key for key, _ in adapter.parts()], "metadata": metadata or {}}
+    header = {
+        "format": _FORMAT,
+        **config,
+        "parts": [key for key, _ in adapter.parts()],
+        "digest": _digest(tensors),
+        "metadata": metadata or {},
+    }
     content = to_bytes(tensors, metadata={"peft_suite": json.dumps(header, separators=(",", ":"))})
     folder = Path(path)
     write_bytes(folder / TENSORS, content)
@@ -202,6 +222,15 @@ def _read(folder: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[s
         raise FileFormatError(
             f"{file} was not written by peft-suite. If it comes from Hugging Face peft, use import_peft(model, path)."
         )
+    if lost := [key for key in _KEYS if key not in header]:
+        raise FileFormatError(
+            f"The header of {file} lacks {', '.join(lost)}. Restore the file from a copy or train again."
+        )
+    if tensors and _digest(values) != header["digest"]:
+        raise FileFormatError(
+            f"{file} is corrupted: its tensors do not match the digest that was saved with them. "
+            "Restore it from a copy or train again."
+        )
     if header.get("format", 0) > _FORMAT:
         warnings.warn(
             f"{file} has format {header['format']}, newer than this peft-suite's {_FORMAT}; update it.", stacklevel=3
@@ -277,11 +306,6 @@ def only_name(adapters: Adapters, name: str | None) -> str:
     if len(chosen) != 1:
         raise AdapterNameError(f"Several adapters are on this model ({', '.join(adapters)}). Say which with name=...")
     return chosen[0]
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    whole = cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return cast(Tensor, whole).detach().contiguous()
 
 
 def _versions() -> dict[str, str]:

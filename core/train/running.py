@@ -85,7 +85,7 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
         "backbone": {**backbone.to_dict(), "num_outputs": len(classes)},
         "classes": list(classes),
         "multi_label": multi_label,
-        "preprocessing": preprocessing,
+        "preprocessing": data.info.get("preprocessing", preprocessing),  # with the data's own overrides
         "data_config": chosen.to_dict(),
     }
     return fit(

@@ -251,9 +251,7 @@ def _rewrite(folder: Path, **changes: Any) -> None:
     save_file(values, folder / TENSORS, metadata={"peft_suite": json.dumps(header)})
 
 
-@pytest.mark.parametrize(
-    "key", ["method", "method_config", "backbone", "parts", "batchnorm", "adapter_name", "provided_by"]
-)
+@pytest.mark.parametrize("key", ["method", "method_config", "backbone", "parts", "batchnorm", "adapter_name"])
 def test_a_header_that_lacks_a_key(saved: Path, key: str) -> None:
     """Each missing piece is an error of the family, never a KeyError."""
     _rewrite(saved, **{key: None})
