@@ -82,6 +82,9 @@ class RunConfig(Config):
 
     ``method`` is a mapping ``{"name": ..., field: value}``, a shorthand string such as ``"vpt(num_tokens=50)"``;
     ``data`` is a mapping of the plugin's own data configuration.
+
+    With ``resample`` each seed draws its own validation split and few-shot sample (``data.split_seed`` follows
+    ``seed``); without it all seeds see the same samples.
     """
 
     plugin: str
@@ -91,5 +94,6 @@ class RunConfig(Config):
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
     seeds: int = 1
+    resample: bool = False
     out: str = "runs/latest"
     device: str = "auto"

@@ -119,7 +119,8 @@ def open_plugin(plugin: Plugin) -> tuple[Backbones, DataSource]:
 
 def data_config(source: DataSource, config: RunConfig) -> DataConfig:
     """``config.data`` as the plugin's own data configuration."""
-    return source.config.from_dict(config.data)
+    drawn = {"split_seed": config.seed} if config.resample else {}
+    return source.config.from_dict({**config.data, **drawn})
 
 
 def _finished(config: RunConfig, out: Path) -> RunResult | None:

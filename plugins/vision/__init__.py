@@ -40,7 +40,7 @@ plugin = Plugin(
         DatasetEntry("list", "CSV, TSV, JSON, JSON lines or 'path label' text files; several labels per image allowed"),
         DatasetEntry("huggingface", "a directory saved by the datasets library, or hf:NAME to download one"),
         DatasetEntry(
-            "digits-shifted", "built in: scikit-learn's digits, turned, inverted, in colour (the demo's task)"
+            "digits-shifted", "built in: scikit-learn's digits, upside down, inverted, in colour (the demo's task)"
         ),
     ),
     backbones="peft_suite.vision.backbones:backbones",

@@ -1,4 +1,4 @@
-"""The demo: the embedded micro ViT, pre-trained on one half of the digits, meets the other half turned and inverted."""
+"""The demo: the embedded micro ViT, pre-trained on one half of the digits, meets the other half upside down."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def run(out: str | Path = "runs/demo", seeds: int = 3, progress: bool = True) ->
     from peft_suite.train import RunConfig, bench
 
     out = Path(out)
-    base = RunConfig.from_dict({"plugin": "vision", "backbone": {"name": "micro-vit"}, "data": dict(DEMO_DATA)})
+    base = RunConfig.from_dict(
+        {"plugin": "vision", "backbone": {"name": "micro-vit"}, "data": dict(DEMO_DATA), "resample": True}
+    )
     recipes = {DEMO_METHODS[name]: recipe for name, recipe in DEMO_RECIPES.items()}
     runs = bench(
         base, list(DEMO_METHODS.values()), [{"name": NAME}], range(seeds), out, recipes=recipes, progress=progress
@@ -68,7 +70,7 @@ def _row(name: str, runs: list[dict[str, Any]], everything: list[dict[str, Any]]
 def _show(rows: list[dict[str, Any]], seeds: int, result: dict[str, Any], page: Path) -> None:
     console = Console()
     table = Table(
-        title=f"A ViT that learned upright digits meets turned, inverted ones: {DEMO_DATA['shots']} images a class, "
+        title=f"A ViT that learned upright digits meets dark ones upside down: {DEMO_DATA['shots']} images a class, "
         f"{seeds} seed{'s' if seeds > 1 else ''}",
         title_justify="left",
     )

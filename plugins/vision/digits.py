@@ -1,7 +1,7 @@
 """The demo's data: two halves of scikit-learn's digits, one to pre-train on, one shifted and with few labels.
 
 The first half of the 1,797 images (in the order of the file) is the *source*: upright, grey, bright on dark. The second
-half is the *target* "digits-shifted": turned by a right angle, dark on a bright ground with colours, a ramp and noise.
+half is the *target* "digits-shifted": upside down, dark on a bright ground with colours, a ramp and noise.
 No target image was ever seen in pre-training. The data set (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0)
 comes with scikit-learn (BSD-3-Clause); nothing is downloaded.
 """
