@@ -110,6 +110,7 @@ class Plugin:
         backbones: ``"module:object"`` with the interface of :class:`peft_suite.train.Backbones`.
         data: ``"module:object"`` with the interface of :class:`peft_suite.train.DataSource`.
         demo: ``"module:function"`` behind ``peft-suite demo NAME``.
+        example: ``(backbone, data)`` that work without a download; they stand in the examples of ``--help``.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Plugin:
     backbones: str = ""
     data: str = ""
     demo: str = ""
+    example: tuple[str, str] = ("", "")
 
     def missing(self) -> list[str]:
         """Import names of ``requires`` that are not installed; nothing is imported."""

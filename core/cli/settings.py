@@ -21,6 +21,7 @@ FLAGS: Mapping[str, str] = {
     "pretrained": "backbone.pretrained",
     "data": "data.root",
     "shots": "data.shots",
+    "skip_bad": "data.skip_bad",
     "method": "method",
     "epochs": "recipe.epochs",
     "lr": "recipe.lr",

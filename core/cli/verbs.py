@@ -1,30 +1,28 @@
-"""The verbs that every plugin gets: ``peft-suite PLUGIN plan | train | eval | predict | merge | export | bench | ...``.
+"""The verbs that every plugin gets. Here: ``plan``, ``train`` and ``bench``; the others are in ``use`` and ``listing``.
 
 One function per verb; the group that it was called through says for which plugin.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_suite.cli.console import console, note, on_interrupt, show_json, show_mapping, show_table
-from peft_suite.cli.root import Json, show_methods
-from peft_suite.cli.settings import assemble, dump, overrides, split_methods
-from peft_suite.errors import ConfigError, DataError, PluginError, UnknownNameError
-from peft_suite.plugins import Plugin, find_plugin, resolve
+from peft_suite.cli.common import plugin_of, ready
+from peft_suite.cli.console import note, on_interrupt, show_json, show_mapping, show_table
+from peft_suite.cli.listing import list_backbones, list_datasets, list_methods
+from peft_suite.cli.root import Json
+from peft_suite.cli.settings import assemble, dump, split_methods
+from peft_suite.cli.use import evaluate, export, merge, predict
+from peft_suite.errors import ConfigError
+from peft_suite.plugins import Plugin, resolve
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from peft_suite.cli.models import Opened
     from peft_suite.train.config import RunConfig
 
 __all__ = ["add_to"]
@@ -47,20 +45,18 @@ _Seed = Annotated[int | None, typer.Option(help="First seed.")]
 _Seeds = Annotated[int | None, typer.Option(help="Number of runs with consecutive seeds.")]
 _Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 _Shots = Annotated[int | None, typer.Option(help="Training samples per class. Field data.shots.")]
-_Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16. Field recipe.precision.")]
-_Adapter = Annotated[
-    Path, typer.Argument(help="Adapter directory of a run, or a merged model's directory.", show_default=False)
+_SkipBad = Annotated[
+    bool | None, typer.Option("--skip-bad", help="Leave unreadable files out, with a count. Field data.skip_bad.")
 ]
-_Weights = Annotated[str, typer.Option("--checkpoint", help="The backbone's weights, if they moved since training.")]
-
-_EXAMPLES = {
-    "plan": "plan --method 'lora(rank=4)'",
-    "train": "train --data photos --method ssf --epochs 20 --out runs/photos",
-    "eval": "eval runs/photos/adapter --data photos",
-    "predict": "predict runs/photos/adapter new_photos --out predictions.csv",
-    "merge": "merge runs/photos/adapter merged",
-    "export": "export runs/photos/adapter exported --format timm",
-    "bench": "bench --data photos --methods linear,lora,ssf --seeds 3 --out runs/bench",
+_Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16. Field recipe.precision.")]
+_EXAMPLES = {  # with the plugin's own backbone and data, so that they run as they stand
+    "plan": "plan --backbone {backbone} --method 'lora(rank=4)'",
+    "train": "train --backbone {backbone} --data {data} --method ssf --lr 0.01 --out runs/first",
+    "eval": "eval runs/first/adapter",
+    "predict": "predict runs/first/adapter FILES --out predictions.csv",
+    "merge": "merge runs/first/adapter",
+    "export": "export runs/first/adapter exported --format torch-export",
+    "bench": "bench --backbone {backbone} --data {data} --methods linear,lora,ssf --seeds 3 --out runs/bench",
     "methods": "methods lora",
     "backbones": "backbones '*small*'",
     "datasets": "datasets --json",
@@ -82,7 +78,9 @@ def add_to(app: typer.Typer, plugin: Plugin) -> None:
         list_datasets,
     )
     for (name, example), function in zip(_EXAMPLES.items(), functions, strict=True):
-        app.command(name, epilog=f"Example: peft-suite {plugin.name} {example}")(function)
+        backbone, data = plugin.example[0] or "NAME", plugin.example[1] or "PATH"
+        shown = example.format(backbone=backbone, data=data)
+        app.command(name, epilog=f"Example: peft-suite {plugin.name} {shown}")(function)
 
 
 def plan(
@@ -97,7 +95,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Show where a method acts and what it trains, without training. Weights are not loaded."""
-    plugin = _plugin(ctx)
+    plugin = plugin_of(ctx)
     flags = {"backbone": backbone, "method": method, "checkpoint": checkpoint, "data": data}
     chosen = assemble(plugin.name, config, flags, words or ())
     result = _make_plan(plugin, chosen, classes)
@@ -124,13 +122,14 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run directory.")] = None,
     device: _Device = None,
     shots: _Shots = None,
+    skip_bad: _SkipBad = None,
     precision: _Precision = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and configuration, and stop.")] = False,
 ) -> None:
     """Adapt a backbone to data: writes the adapter, run.json, curves.png and report.html."""
-    plugin = _plugin(ctx)
+    plugin = plugin_of(ctx)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other.")
     flags = {
@@ -147,6 +146,7 @@ def train(
         "out": out,
         "device": device,
         "shots": shots,
+        "skip_bad": skip_bad,
         "precision": precision,
     }
     if resume and config is None and out is not None and (out / "config.yaml").exists():
@@ -170,128 +170,6 @@ def train(
         run(chosen, resume=resume)
 
 
-def evaluate(
-    ctx: typer.Context,
-    adapter: _Adapter,
-    words: _Words = None,
-    data: _Data = None,
-    split: Annotated[str, typer.Option(help="test, val, train; auto takes the first there is.")] = "auto",
-    checkpoint: _Weights = "",
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
-    json: Json = False,
-) -> None:
-    """Measure an adapter on data; without --data, on the data it was trained with."""
-    plugin = _plugin(ctx)
-    changes = _data_words(words)
-    _ready(plugin, "data")
-    from peft_suite.cli.models import aligned, pick_split, saved_data
-    from peft_suite.train import Classification
-    from peft_suite.train import evaluate as measure
-
-    opened = _open(plugin, adapter, checkpoint)
-    source = resolve(plugin.data, plugin)
-    splits = source.load(saved_data(opened, source, data, changes), opened.metadata["preprocessing"])
-    name, dataset = pick_split(splits, split)
-    task = Classification(opened.classes, opened.multi_label)
-    result = measure(
-        opened.model,
-        aligned(splits, dataset, opened),
-        task,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-    )
-    if json:
-        keys = ("metrics", "per_class", "confusion", "samples")
-        show_json({"adapter": str(adapter), "split": name, **{k: result[k] for k in keys}})
-        return
-    show_mapping({"split": f"{name}, {result['samples']:,} samples", **result["metrics"]})
-    rows = [{"class": k, "score": v} for k, v in result["per_class"].items() if v is not None]
-    show_table(sorted(rows, key=lambda r: r["score"])[:20], {"class": "class, weakest first", "score": "score"})
-
-
-def predict(
-    ctx: typer.Context,
-    adapter: _Adapter,
-    paths: Annotated[list[str], typer.Argument(help="Files and folders (searched recursively).", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Write .csv or .json instead of a table.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes per file, the most probable first.")] = 1,
-    checkpoint: _Weights = "",
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
-    json: Json = False,
-) -> None:
-    """Predict classes of files."""
-    plugin = _plugin(ctx)
-    if out is not None and out.suffix.lower() not in (".csv", ".json"):
-        raise ConfigError(f"--out {out}: the name must end in .csv or .json.")
-    if lost := [p for p in paths if not Path(p).exists()]:
-        raise DataError(f"{lost[0]} does not exist. Give files or folders.")
-    _ready(plugin, "data")
-    from peft_suite.train import predict as infer
-
-    opened = _open(plugin, adapter, checkpoint)
-    names, dataset = resolve(plugin.data, plugin).inputs(paths, opened.metadata["preprocessing"])
-    logits = infer(opened.model, dataset, batch_size=batch_size, device=device, precision=precision)
-    rows = _predictions(names, logits, opened, top)
-    if out is not None:
-        from peft_suite.storage import write_text
-
-        write_text(out, _csv(rows, top) if out.suffix.lower() == ".csv" else _dumps(rows))
-        note(f"{len(rows)} predictions written to {out}")
-    if json:
-        show_json(rows)
-    elif out is None:
-        flat = [
-            {**row, "others": ", ".join(f"{t['class']} {t['probability']:.3f}" for t in row["top"][1:])} for row in rows
-        ]
-        columns = {"file": "file", "prediction": "prediction", "probability": "probability"}
-        show_table(flat, columns | ({"others": "next"} if top > 1 else {}))
-
-
-def merge(
-    ctx: typer.Context,
-    adapter: _Adapter,
-    out: Annotated[Path | None, typer.Argument(help="Folder; by default `merged` beside the adapter.")] = None,
-    checkpoint: _Weights = "",
-) -> None:
-    """Fold an adapter into the backbone: plain weights that run at the plain model's speed."""
-    plugin = _plugin(ctx)
-    _ready(plugin, "backbones")
-    from peft_suite.cli.export import merge_in_place, write_merged
-
-    opened = _open(plugin, adapter, checkpoint)
-    if opened.merged:
-        raise ConfigError(f"{adapter} is a merged model already.")
-    target = out or adapter.parent / "merged"
-    merge_in_place(opened)
-    files = write_merged(opened, target)
-    _told(files)
-    note(f"Next: peft-suite {plugin.name} eval {target}, or --checkpoint {files[0]} as weights of a new run")
-
-
-def export(
-    ctx: typer.Context,
-    adapter: _Adapter,
-    out: Annotated[Path, typer.Argument(help="Folder, or a .pt2 or .onnx file.", show_default=False)],
-    format: Annotated[
-        Literal["timm", "hf", "torch-export", "onnx", "peft"],
-        typer.Option(help="peft writes a LoRA directory for Hugging Face peft; the others hold the merged model."),
-    ] = "timm",
-    rank: Annotated[int, typer.Option(min=0, help="For peft: rank of approximations; 0 refuses them.")] = 0,
-    checkpoint: _Weights = "",
-) -> None:
-    """Write the merged model for other tools, and check that it loads with equal outputs."""
-    plugin = _plugin(ctx)
-    _ready(plugin, "backbones")
-    from peft_suite.cli.export import export as write
-
-    _told(write(_open(plugin, adapter, checkpoint), out, format, rank))
-
-
 def bench(
     ctx: typer.Context,
     methods: Annotated[str, typer.Option(help="Names or name(field=value), separated by commas.", show_default=False)],
@@ -309,11 +187,12 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of the grid; finished runs in it are kept.")] = Path("runs/bench"),
     device: _Device = None,
     shots: _Shots = None,
+    skip_bad: _SkipBad = None,
     precision: _Precision = None,
     json: Json = False,
 ) -> None:
     """Compare methods over tasks and seeds. Start it again to go on; only what is missing runs."""
-    plugin = _plugin(ctx)
+    plugin = plugin_of(ctx)
     flags = {
         "backbone": backbone,
         "checkpoint": checkpoint,
@@ -324,6 +203,7 @@ def bench(
         "seed": seed,
         "device": device,
         "shots": shots,
+        "skip_bad": skip_bad,
         "precision": precision,
     }
     base = _with_default_backbone(plugin, assemble(plugin.name, config, flags, words or ()))
@@ -353,54 +233,6 @@ def bench(
         raise typer.Exit(1)
 
 
-def list_methods(
-    ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="One method, in detail.", show_default=False)] = "",
-    json: Json = False,
-) -> None:
-    """List the methods (every plugin's methods serve every backbone that can carry them)."""
-    _plugin(ctx)
-    show_methods(name, json)
-
-
-def list_backbones(
-    ctx: typer.Context,
-    pattern: Annotated[str, typer.Argument(help="Glob on the name.")] = "*",
-    json: Json = False,
-) -> None:
-    """List backbones."""
-    plugin = _plugin(ctx)
-    _ready(plugin, "backbones")
-    found = resolve(plugin.backbones, plugin).list(pattern)
-    if json:
-        show_json([{k: getattr(b, k) for k in ("name", "family", "summary", "parameters")} for b in found])
-        return
-    if not found:
-        every = [b.name for b in resolve(plugin.backbones, plugin).list()]
-        raise UnknownNameError("backbone", pattern, every, "Patterns may hold * and ?.")
-    show_table(
-        [vars(b) for b in found], {"name": "backbone", "family": "family", "parameters": "parameters", "summary": ""}
-    )
-
-
-def list_datasets(ctx: typer.Context, json: Json = False) -> None:
-    """List data layouts and built-in data sets, and the fields of data.*"""
-    plugin = _plugin(ctx)
-    rows = [{"name": d.name, "summary": d.summary} for d in plugin.datasets]
-    if json:
-        show_json(rows)
-        return
-    show_table(rows, {"name": "layout or data set", "summary": ""})
-    if plugin.data and not plugin.missing():
-        from peft_suite.config import field_table
-
-        fields = field_table(resolve(plugin.data, plugin).config)
-        show_table(
-            [{**f, "name": f"data.{f['name']}"} for f in fields],
-            {"name": "field", "type": "type", "default": "default"},
-        )
-
-
 def show_comparison(out: Path) -> None:
     """The table of a grid, from the file that the comparison page wrote."""
     import json
@@ -419,25 +251,12 @@ def show_comparison(out: Path) -> None:
         note(f"Not finished: {failure['run']}: {failure['reason']}")
 
 
-def _plugin(ctx: typer.Context) -> Plugin:
-    parent: Any = ctx.parent
-    return find_plugin(str(parent.info_name))
-
-
-def _ready(plugin: Plugin, *needs: str) -> None:
-    """The plugin declares what the verb needs, and its libraries are installed."""
-    for need in ("backbones", *needs):
-        if not getattr(plugin, need):
-            raise PluginError(f"The plugin {plugin.name!r} declares no {need}, so this verb does not work for it.")
-    plugin.ensure()
-
-
 def _default(plugin: Plugin) -> str:
     return str(getattr(resolve(plugin.backbones, plugin), "default", ""))
 
 
 def _with_default_backbone(plugin: Plugin, config: RunConfig) -> RunConfig:
-    _ready(plugin)
+    ready(plugin)
     name = config.backbone.name or _default(plugin)
     if not name:
         raise ConfigError(
@@ -448,7 +267,7 @@ def _with_default_backbone(plugin: Plugin, config: RunConfig) -> RunConfig:
 
 def _check(plugin: Plugin, config: RunConfig) -> None:
     """Method and data fields are right, before anything is written or loaded."""
-    _ready(plugin, "data")
+    ready(plugin, "data")
     from peft_suite.method import make_method
 
     make_method(config.method)
@@ -462,7 +281,7 @@ def _make_plan(plugin: Plugin, config: RunConfig, classes: int | None) -> Any:
     import peft_suite as ps
 
     if config.data.get("root"):
-        _ready(plugin, "data")
+        ready(plugin, "data")
         source = resolve(plugin.data, plugin)
         classes = len(source.classes(source.config.from_dict(config.data))[0])
     one = config.backbone
@@ -514,58 +333,6 @@ def _main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _open(plugin: Plugin, adapter: Path, checkpoint: str) -> Opened:
-    from peft_suite.cli.models import open_adapter
-
-    return open_adapter(plugin, adapter, checkpoint)
-
-
-def _data_words(words: Sequence[str] | None) -> dict[str, Any]:
-    changes = {}
-    for name, value in overrides(words or ()):
-        head, _, field = name.partition(".")
-        if head != "data" or not field:
-            raise ConfigError(
-                f"Unknown field {name!r}. Only fields of data can be set here, for example data.workers=2."
-            )
-        changes[field] = value
-    return changes
-
-
-def _predictions(names: Sequence[str], logits: Tensor, opened: Opened, top: int) -> list[dict[str, Any]]:
-    """One row per file; probabilities are softmax, or a sigmoid for each label."""
-    chances = logits.sigmoid() if opened.multi_label else logits.softmax(dim=1)  # [N, C]
-    classes = opened.classes or tuple(str(i) for i in range(chances.shape[1]))
-    values, indices = chances.topk(min(top, chances.shape[1]), dim=1)
-    rows = []
-    for name, chance, best, order in zip(names, chances.tolist(), values.tolist(), indices.tolist(), strict=True):
-        listed = [{"class": classes[i], "probability": round(v, 6)} for i, v in zip(order, best, strict=True)]
-        said: str | list[str] = [c for c, p in zip(classes, chance, strict=True) if p > 0.5]
-        if not opened.multi_label:
-            said = listed[0]["class"]
-        rows.append({"file": name, "prediction": said, "probability": listed[0]["probability"], "top": listed})
-    return rows
-
-
-def _csv(rows: Sequence[Mapping[str, Any]], top: int) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    count = min(top, len(rows[0]["top"])) if rows else 1
-    extra = [f"{what}_{i}" for i in range(2, count + 1) for what in ("class", "probability")]
-    writer.writerow(["file", "prediction", "probability", *extra])
-    for row in rows:
-        said = row["prediction"] if isinstance(row["prediction"], str) else ";".join(row["prediction"])
-        others = [x for t in row["top"][1:] for x in (t["class"], t["probability"])]
-        writer.writerow([row["file"], said, row["probability"], *others])
-    return stream.getvalue()
-
-
-def _dumps(rows: Any) -> str:
-    import json
-
-    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-
-
 def _tasks(roots: Sequence[str]) -> list[dict[str, Any]]:
     """Tasks of a grid, named by the last part of their path, numbered where two would be called alike."""
     tasks: list[dict[str, Any]] = []
@@ -578,8 +345,3 @@ def _tasks(roots: Sequence[str]) -> list[dict[str, Any]]:
             unique, number = f"{name}-{number}", number + 1
         tasks.append({"name": unique, "data": {"root": root}})
     return tasks
-
-
-def _told(files: Sequence[Path]) -> None:
-    for file in files:
-        console().print(f"{file}  {file.stat().st_size:,} bytes", markup=False, soft_wrap=True)

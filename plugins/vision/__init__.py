@@ -46,4 +46,5 @@ plugin = Plugin(
     backbones="peft_suite.vision.backbones:backbones",
     data="peft_suite.vision.data:source",
     demo="peft_suite.vision.demo:run",
+    example=("micro-vit", "digits-shifted"),
 )
