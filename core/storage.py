@@ -17,8 +17,10 @@ __all__ = ["atomic", "write_bytes", "write_json", "write_text"]
 
 
 @contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it replaces ``path`` when the block ends without an error.
+
+    ``sync`` waits for the disk, so that the file also survives a power failure.
 
     Raises:
         StorageError: the folder or the file cannot be written (disk full, no permission); ``path`` is untouched.
@@ -31,8 +33,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
     except Exception as error:
@@ -54,9 +57,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     return _write(path, lambda temporary: temporary.write_bytes(content))
 
 
-def write_text(path: str | os.PathLike[str], content: str) -> Path:
+def write_text(path: str | os.PathLike[str], content: str, *, sync: bool = True) -> Path:
     """Write UTF-8 text atomically; raises StorageError."""
-    return _write(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    return _write(path, lambda temporary: temporary.write_text(content, encoding="utf-8"), sync)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 1) -> Path:
@@ -64,8 +67,8 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 1)
     return write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def _write(path: str | os.PathLike[str], put: Callable[[Path], object]) -> Path:
-    with atomic(path) as temporary:
+def _write(path: str | os.PathLike[str], put: Callable[[Path], object], sync: bool = True) -> Path:
+    with atomic(path, sync=sync) as temporary:
         put(temporary)
     return Path(path)
 

@@ -175,7 +175,7 @@ def merged(spec: str, new: Callable[[], nn.Module], x: Tensor) -> dict[str, Any]
 
 
 def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title.replace("``", ""), title_justify="left")
     for column in ("what", "against", "ours", "other", "ratio (95 %)", "operations", "saved MiB"):
         table.add_column(column, justify="left" if column in ("what", "against") else "right")
     for r in rows:
