@@ -6,6 +6,7 @@ written atomically, the tensors first.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -126,8 +127,8 @@ def save(
     content = to_bytes(tensors, metadata={"peft_suite": json.dumps(header, separators=(",", ":"))})
     folder = Path(path)
     write_bytes(folder / TENSORS, content)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", sync=False)
-    write_text(folder / CARD, _card(config, metadata or {}), sync=False)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CARD, _card(config, metadata or {}))
     return folder
 
 
@@ -309,6 +310,7 @@ def only_name(adapters: Adapters, name: str | None) -> str:
     return chosen[0]
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     return {"peft_suite": version("peft-suite"), "torch": torch.__version__}
 

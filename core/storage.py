@@ -17,10 +17,10 @@ __all__ = ["atomic", "write_bytes", "write_json", "write_text"]
 
 
 @contextmanager
-def atomic(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it replaces ``path`` when the block ends without an error.
 
-    ``sync`` waits for the disk, so that the file also survives a power failure.
+    Before an existing file is replaced the new one is on the disk, so a power failure leaves one of the two.
 
     Raises:
         StorageError: the folder or the file cannot be written (disk full, no permission); ``path`` is untouched.
@@ -33,7 +33,7 @@ def atomic(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        if sync:
+        if target.exists():
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
@@ -57,9 +57,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     return _write(path, lambda temporary: temporary.write_bytes(content))
 
 
-def write_text(path: str | os.PathLike[str], content: str, *, sync: bool = True) -> Path:
+def write_text(path: str | os.PathLike[str], content: str) -> Path:
     """Write UTF-8 text atomically; raises StorageError."""
-    return _write(path, lambda temporary: temporary.write_text(content, encoding="utf-8"), sync)
+    return _write(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 1) -> Path:
@@ -67,8 +67,8 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 1)
     return write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def _write(path: str | os.PathLike[str], put: Callable[[Path], object], sync: bool = True) -> Path:
-    with atomic(path, sync=sync) as temporary:
+def _write(path: str | os.PathLike[str], put: Callable[[Path], object]) -> Path:
+    with atomic(path) as temporary:
         put(temporary)
     return Path(path)
 

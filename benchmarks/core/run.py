@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,10 @@ def verbs(pairs: int) -> list[dict[str, Any]]:
     def plain(_: str) -> None:
         stage["m"] = fresh()
 
+    def to_save(who: str) -> None:
+        adapted(who)
+        shutil.rmtree(folder / ("ours" if who == "ours" else "peft"), ignore_errors=True)
+
     def adapted(who: str) -> None:
         stage["m"] = ps.adapt(fresh(), "lora(rank=8)") if who == "ours" else peft.get_peft_model(fresh(), config)
 
@@ -112,7 +117,7 @@ def verbs(pairs: int) -> list[dict[str, Any]]:
         ),
         timed(
             "save",
-            adapted,
+            to_save,
             lambda: ps.save(stage["m"], folder / "ours"),
             lambda: stage["m"].save_pretrained(folder / "peft"),
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -14,21 +14,16 @@ from torch.nn import functional as F
 
 from peft_suite.anatomy import Anatomy, Block, Point, Weight
 from peft_suite.edits import Beside
-from peft_suite.errors import BackboneError
 
 
 def describe(model: VisionTransformer) -> Anatomy:
-    """The anatomy of one model.
-
-    Raises:
-        BackboneError: blocks or attention are of a kind that this description does not cover.
-    """
+    """The anatomy of one model. Parallel blocks, which have no separate attention and MLP, are left out."""
     head = [n for n, _ in model.named_parameters() if n.split(".")[0] in ("head", "head_dist")]
     projection = model.patch_embed.proj
     return Anatomy(
         family="timm-vit",
         dim=model.embed_dim,
-        blocks=tuple(_block(model, i) for i in range(len(model.blocks))),
+        blocks=tuple(_block(model, i) for i in range(len(model.blocks))) if all(map(_known, model.blocks)) else (),
         embed=Point("norm_pre", model.embed_dim),
         stem=_stem(model),
         norm=Point("norm", model.embed_dim),
@@ -36,7 +31,7 @@ def describe(model: VisionTransformer) -> Anatomy:
         norms=tuple(n for n, m in model.named_modules() if _is_norm(m) and not n.startswith("adapters.")),
         fresh=tuple(head),
         prefix_tokens=model.num_prefix_tokens,
-        patch_values=projection.weight[0].numel(),
+        patch_values=projection.weight[0].numel() if _affine(projection) else model.embed_dim,
         functionals={LayerNorm.forward: _layer_norm, LayerNormFp32.forward: _layer_norm_fp32},
         block_forwards={ViTBlock.forward: _pre_norm_block, ResPostBlock.forward: _post_norm_block},
         reentrant=bool(model.grad_checkpointing and use_reentrant_ckpt()),
@@ -78,16 +73,13 @@ def example_registers() -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.randn(3, 3, 32, 32)
 
 
+def _known(block: Any) -> bool:
+    return isinstance(block, ViTBlock | ResPostBlock) and hasattr(block.attn, "qkv")
+
+
 def _block(model: VisionTransformer, index: int) -> Block:
     block: Any = model.blocks[index]
-    attn: Any = getattr(block, "attn", None)
-    mlp: Any = getattr(block, "mlp", None)
-    known = isinstance(block, ViTBlock | ResPostBlock) and hasattr(attn, "qkv") and isinstance(mlp, nn.Module)
-    if not known:
-        raise BackboneError(
-            f"timm-vit describes blocks with a fused qkv and an MLP; blocks.{index} is a {type(block).__name__} with "
-            f"{type(attn).__name__}."
-        )
+    attn, mlp = block.attn, block.mlp
     path, dim = f"blocks.{index}", model.embed_dim
     inner = attn.qkv.out_features // 3
     points = {
@@ -114,15 +106,16 @@ def _block(model: VisionTransformer, index: int) -> Block:
 
 def _stem(model: VisionTransformer) -> tuple[Point, ...]:
     embed = model.patch_embed
-    sites = [Point("patch_embed.proj", model.embed_dim, "first" if isinstance(embed.proj, nn.Conv2d) else "last")]
-    if _affine(embed.norm):
+    layout: Literal["first", "last"] = "first" if isinstance(embed.proj, nn.Conv2d) else "last"
+    sites = [Point("patch_embed.proj", model.embed_dim, layout)] if _affine(embed.proj) else []
+    if _affine(getattr(embed, "norm", None)):  # hybrids embed a convolutional network's features without a norm
         sites.append(Point("patch_embed.norm", model.embed_dim))
     if _affine(model.norm_pre):
         sites.append(Point("norm_pre", model.embed_dim))
     return tuple(sites)
 
 
-def _affine(module: nn.Module) -> bool:
+def _affine(module: nn.Module | None) -> bool:
     return isinstance(getattr(module, "weight", None), Tensor)
 
 
