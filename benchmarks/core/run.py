@@ -24,6 +24,7 @@ import peft
 import timm
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -193,7 +194,7 @@ def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
             cells = ["", "", "same graph" if r["same_ops"] else "OTHER GRAPH"]
         ops = f"{r['ops'][0]} / {r['ops'][1]}" if "ops" in r else ""
         saved = f"{r['saved_mib'][0]:.2f} / {r['saved_mib'][1]:.2f}" if "saved_mib" in r else ""
-        table.add_row(r["what"], r.get("against", ""), *cells, ops, saved)
+        table.add_row(escape(r["what"]), r.get("against", ""), *cells, ops, saved)
     console.print(table)
 
 
