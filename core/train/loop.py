@@ -283,7 +283,7 @@ class _Training:
         for index, (inputs, targets, weight) in enumerate(parts):
             last = index == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with autocast(self.device, self.recipe.precision):
+                with autocast(self.device, self.recipe.precision), self.memory.counting():
                     output = forward(self.wrapped, inputs)
                 each = self.task.loss(output, targets, smoothing=smoothing, class_weights=self.class_weights)
                 loss = weight * each.sum() / mass
@@ -577,7 +577,7 @@ class _Training:
                 "train_s": round(self.train_seconds, 3),
                 "per_step_ms": round(1000 * self.train_seconds / steps, 3) if steps else None,
             },
-            "memory": {"peak_mib": self.memory.mib() if hasattr(self, "memory") else None},
+            "memory": {"peak_mib": self.memory.mib(self.model, self.optimizer) if hasattr(self, "optimizer") else None},
             "adapter": {"path": "adapter", "bytes": sum(p.stat().st_size for p in files)} if files else None,
             "error": error,
             **parts,

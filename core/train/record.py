@@ -8,13 +8,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from peft_suite.errors import ConfigError, FileFormatError
 from peft_suite.storage import write_json
@@ -126,9 +127,16 @@ def platform_facts(device: torch.device, world: int, precision: str) -> dict[str
 
 
 def choose_examples(outcome: Outcome, data: DataSplits, split: str, limit: int = EXAMPLES) -> list[dict[str, Any]]:
-    """The most confident wrong samples, then the most confident right ones, at most ``limit`` of each."""
+    """Confident wrong samples, then confident right ones, at most ``limit`` of each, classes in turn."""
     dataset = getattr(data, split)
-    order = sorted(range(len(outcome.correct)), key=lambda i: (-outcome.probability[i], i))
+    confident = sorted(range(len(outcome.correct)), key=lambda i: (-outcome.probability[i], i))
+    turns: Counter[tuple[str, bool]] = Counter()
+    rounds: dict[int, int] = {}
+    for i in confident:
+        group = (str(outcome.prediction[i]), bool(outcome.correct[i]))
+        rounds[i] = turns[group]
+        turns[group] += 1
+    order = sorted(confident, key=rounds.__getitem__)  # stable: the most confident of every class come first
     wrong = [i for i in order if not outcome.correct[i]][:limit]
     right = [i for i in order if outcome.correct[i]][:limit]
     return [
@@ -155,49 +163,45 @@ def write_thumbnails(out: Path, data: DataSplits, examples: list[dict[str, Any]]
 
 
 class PeakMemory:
-    """Peak memory since construction: of the CUDA allocator, else how far the resident set grew."""
+    """Peak memory of training: what the CUDA allocator saw; elsewhere what the first step keeps.
+
+    Off CUDA the resident set says little, because allocators keep what earlier runs freed. So tensors are counted:
+    parameters, buffers, gradients, optimizer state, and what the first forward saves for its backward.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._saved: dict[int, int] = {}  # address of a storage -> bytes
+        self._counted = device.type == "cuda"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            return
-        with contextlib.suppress(OSError):  # Linux: start the high-water mark again
-            Path("/proc/self/clear_refs").write_text("5")
-        self._start = _resident_mib()
 
-    def mib(self) -> float:
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around a forward: the first time, count the storages that it saves, each once."""
+        if self._counted:
+            yield
+            return
+        self._counted = True
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            self._saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def mib(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> float:
         """MiB, one decimal."""
         if self._device.type == "cuda":
             return round(torch.cuda.max_memory_allocated(self._device) / 2**20, 1)
-        return round(max(_high_water_mib() - self._start, 0.0), 1)
-
-
-def _resident_mib() -> float:
-    return _status_mib("VmRSS") or _peak_mib()
-
-
-def _high_water_mib() -> float:
-    return _status_mib("VmHWM") or _peak_mib()
-
-
-def _status_mib(field: str) -> float | None:
-    """A field of Linux' process status; None elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return float(line.split()[1]) / 1024
-    return None
-
-
-def _peak_mib() -> float:
-    """Peak over the process's life; 0 on Windows."""
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+        weights = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        kept = {**self._saved, **{w.data_ptr(): w.nbytes() for w in weights}}
+        moving = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        states = optimizer.state.values() if optimizer else ()
+        moments = sum(t.nbytes for state in states for t in state.values() if torch.is_tensor(t))
+        return round((sum(kept.values()) + moving + moments) / 2**20, 1)
 
 
 def _cpu_name() -> str:

@@ -70,7 +70,7 @@ def _row(name: str, runs: list[dict[str, Any]], everything: list[dict[str, Any]]
 def _show(rows: list[dict[str, Any]], seeds: int, result: dict[str, Any], page: Path) -> None:
     console = Console()
     table = Table(
-        title=f"A ViT that learned upright digits meets dark ones upside down: {DEMO_DATA['shots']} images a class, "
+        title=f"Upright digits, then dark ones upside down: {DEMO_DATA['shots']} a class, "
         f"{seeds} seed{'s' if seeds > 1 else ''}",
         title_justify="left",
     )
