@@ -12,7 +12,7 @@ from peft_suite.errors import ConfigError, closest
 from peft_suite.storage import write_json
 from peft_suite.train.config import RunConfig
 from peft_suite.train.record import RunResult, read_run
-from peft_suite.train.running import _main, _report, failed_record, run_once
+from peft_suite.train.running import failed_record, is_main, run_once, write_page
 
 __all__ = ["bench"]
 
@@ -62,16 +62,16 @@ def bench(
         folder = Path(out) / _slug(task) / _slug(method) / f"seed-{seed}"
         row = _one(config.replace(out=str(folder)), task)
         rows.append({"task": task, "method": method, "seed": seed, **row})
-        if progress and _main():
+        if progress and is_main():
             score = "" if row["score"] is None else f"  {row['metric']} {row['score']:.4f}"
             told = row["error"] or f"{score}  {row['seconds']:.1f} s"
             print(
                 f"[{number}/{len(jobs)}] {task}  {method}  seed {seed}: {row['status']}{told and ' '}{told}",
                 file=sys.stderr,
             )
-    if _main():
+    if is_main():
         write_json(Path(out) / "bench.json", rows)
-        _report("write_comparison", Path(out))
+        write_page("write_comparison", Path(out))
     return rows
 
 
@@ -97,7 +97,7 @@ def _one(config: RunConfig, task: str) -> dict[str, Any]:
         record = _kept(folder)
         text = f"{type(error).__name__}: {error}"
         told = record is not None and (record["status"] != "failed" or record.get("error") == text)
-        if _main() and not told:
+        if is_main() and not told:
             write_json(folder / "run.json", failed_record(config, error, task))
         return _row("failed", text, None, folder)
     return _row("finished", None, result, folder)

@@ -16,7 +16,7 @@ from peft_suite.train.loop import fit
 from peft_suite.train.record import RunResult, changed_fields, read_run, run_identity
 from peft_suite.train.state import seed_everything
 
-__all__ = ["data_config", "open_plugin", "run", "run_once"]
+__all__ = ["data_config", "failed_record", "is_main", "open_plugin", "run", "run_once", "write_page"]
 
 
 def run(config: RunConfig, *, resume: bool = False, progress: bool = True) -> RunResult | list[RunResult]:
@@ -36,17 +36,19 @@ def run(config: RunConfig, *, resume: bool = False, progress: bool = True) -> Ru
     """
     if config.seeds == 1:
         result = run_once(config, resume=resume, progress=progress)
-        if _main():
-            result = RunResult(result.out, result.record, _report("write_report", result.out))
+        if is_main():
+            result = RunResult(result.out, result.record, write_page("write_report", result.out))
             _announce(config, [result], result.report, progress)
         return result
     results = []
     for seed in range(config.seed, config.seed + config.seeds):
         one = config.replace(seed=seed, seeds=1, out=str(Path(config.out) / f"seed-{seed}"))
         result = run_once(one, resume=resume, progress=progress)
-        results.append(RunResult(result.out, result.record, _report("write_report", result.out) if _main() else None))
-    if _main():
-        _announce(config, results, _report("write_summary", Path(config.out)), progress)
+        results.append(
+            RunResult(result.out, result.record, write_page("write_report", result.out) if is_main() else None)
+        )
+    if is_main():
+        _announce(config, results, write_page("write_summary", Path(config.out)), progress)
     return results
 
 
@@ -56,7 +58,7 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
         raise ConfigError(f"RunConfig.seeds = {config.seeds!r}: must be at least 1.")
     out = Path(config.out)
     if resume and (finished := _finished(config, out)):
-        if progress and _main():
+        if progress and is_main():
             print(f"{out} is already finished: nothing to resume.", file=sys.stderr)
         return finished
     plugin = find_plugin(config.plugin)
@@ -131,7 +133,7 @@ def _finished(config: RunConfig, out: Path) -> RunResult | None:
     return RunResult(out, record)
 
 
-def _report(writer: str, out: Path) -> Path | None:
+def write_page(writer: str, out: Path) -> Path | None:
     """Write a page; a run is never lost because its page could not be drawn."""
     try:
         import peft_suite.report as report
@@ -163,7 +165,7 @@ def _announce(config: RunConfig, results: list[RunResult], page: Path | None, pr
     print(f"  peft-suite info {adapter}")
 
 
-def _main() -> bool:
+def is_main() -> bool:
     """The process that writes, before and after an Accelerator exists."""
     import os
 

@@ -32,7 +32,7 @@ DEFAULT_SHOTS = 20
 
 _COMMON: Mapping[str, Any] = MappingProxyType(
     # 50 validation images are too few to choose an epoch by: the last one is taken
-    {"epochs": 35, "batch_size": 32, "warmup_epochs": 2.0, "eval_every": 35, "checkpoint_every": 0, "select": "last"}
+    {"epochs": 35, "batch_size": 32, "warmup_epochs": 2.0, "eval_every": 7, "checkpoint_every": 0, "select": "last"}
 )
 _LR: Mapping[str, float] = MappingProxyType(
     {"linear": 0.1, "full": 0.002, "bitfit": 0.04, "lora": 0.02, "adapter": 0.01, "ssf": 0.04, "vpt": 0.03}
