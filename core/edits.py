@@ -80,11 +80,12 @@ class Edit:
 def bordered(part: Part, y: Tensor, *more: Tensor) -> Tensor:
     """``part(y, *more)`` computed in the part's dtype (autocast decides where it is on), returned in y's dtype."""
     dtype = y.dtype
+    out: Tensor
     if dtype is part.compute or torch.is_autocast_enabled(y.device.type):
         out = part(y, *more)
     else:
         out = part(y.to(part.compute), *[m.to(part.compute) for m in more])
-    return cast(Tensor, out.to(dtype))
+    return out.to(dtype)
 
 
 class Before:
@@ -170,7 +171,8 @@ class Reweigh:
         module.forward = self.forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight, bias = cast("Tensor | None", self.module.weight), cast("Tensor | None", self.module.bias)
+        module: Any = self.module
+        weight, bias = module.weight, module.bias
         for part in self.active:
             weight, bias = part(weight, bias)
         if weight is not None and bias is not None:
@@ -179,7 +181,6 @@ class Reweigh:
             return self.statistics.normalise(self.module, x, weight, bias)
         if weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
             return self.function(self.module, x, weight, bias)
-        bias = None if bias is None else bias.to(weight.dtype)
         return self.function(self.module, x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
@@ -252,12 +253,7 @@ class Trained(Part):
 
     def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The trained weight and bias where they exist, the given ones where not."""
-        own = self._parameters
-        weight = own.get("weight", weight)
-        bias = own.get("bias", bias)
-        if "weight" not in own and bias is not None and weight is not None:
-            bias = bias.to(weight.dtype)
-        return weight, bias
+        return self._parameters.get("weight", weight), self._parameters.get("bias", bias)
 
     def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Replace the base values."""
