@@ -143,7 +143,7 @@ class Adapters(nn.Module):
                 raise AdapterError(f"The forward of {type(module).__name__} at {edit.path} is not known.")
             self._resident[key] = Reweigh(module, function)
 
-    def switch(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def switch(self, names: tuple[str, ...]) -> None:
         """Make exactly ``names`` active, in this order. Only tuples are replaced."""
         table: dict[tuple[str, str], list[Edit]] = {key: [] for key in self._resident}
         for name in names:
@@ -164,16 +164,13 @@ class Adapters(nn.Module):
             else:
                 resident.active = parts
         self.active = names
-        self._pin(model, any(self[n].method.capabilities.backbone_eval for n in names))
-
-    def _pin(self, model: nn.Module, on: bool) -> None:
         for pin in self._pins:
-            pin.switch(on)
+            pin.switch(any(self[n].method.capabilities.backbone_eval for n in names))
 
     def detach(self, model: nn.Module, names: Iterable[str]) -> None:
         """Take adapters away; with the last one the model is as it was before the first."""
         gone = set(names)
-        self.switch(model, tuple(n for n in self.active if n not in gone))
+        self.switch(tuple(n for n in self.active if n not in gone))
         for name in gone:
             del self._modules[name]
         needed = {(e.path, _SIDE[e.kind]) for _, a in self.items() for e in a.edits}
@@ -239,7 +236,7 @@ def adapters_of(model: nn.Module) -> Adapters:
     Raises:
         AdapterError: no adapter was attached, or the attribute belongs to somebody else.
     """
-    found = model._modules.get("adapters") or getattr(model, "adapters", None)
+    found = getattr(model, "adapters", None)
     if isinstance(found, Adapters):
         return found
     if found is not None:

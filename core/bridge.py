@@ -16,10 +16,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from peft_suite.adapter import adapters_of
+from peft_suite.anatomy import Anatomy
 from peft_suite.edits import Edit, Part, Trained
 from peft_suite.errors import FileFormatError, UnsupportedError
 from peft_suite.files import CONFIG, TENSORS, only_name
-from peft_suite.lifecycle import install, prepare, trainable
+from peft_suite.lifecycle import install, prepare
 from peft_suite.method import make_method
 from peft_suite.methods.lora import LoRAConfig, LowRank
 from peft_suite.storage import write_bytes, write_text
@@ -120,7 +121,12 @@ def export_peft(
 
 
 def import_peft(
-    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, train: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    anatomy: Anatomy | None = None,
 ) -> nn.Module:
     """Attach a LoRA directory that Hugging Face peft (or :func:`export_peft`) wrote.
 
@@ -130,7 +136,8 @@ def import_peft(
         model: the backbone it was trained on.
         path: directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
         name: name on this model.
-        train: let it train on.
+        trainable: let it train on; other adapters keep their flags.
+        anatomy: description of the model, where no plugin has one.
 
     Raises:
         FileFormatError: no readable LoRA directory.
@@ -146,8 +153,8 @@ def import_peft(
     rank = max(tensors[f"{_PREFIX}{p}.lora_A.weight"].shape[0] for p in paths)
     dora = bool(config.get("use_dora"))
     rslora = bool(config.get("use_rslora"))
-    settings = LoRAConfig(rank=rank, targets=tuple(p if "." in p else f"{p}*" for p in paths), dora=dora, rslora=rslora)
-    adapter = prepare(model, make_method(settings), name, None, None)
+    settings = LoRAConfig(rank=rank, targets=tuple(paths), dora=dora, rslora=rslora)
+    adapter = prepare(model, make_method(settings), name, anatomy, None)
     extra = [k for k in tensors if not _TENSOR.match(k)]
     owned = {
         f"{e.path}.{n}": p for e in adapter.edits if isinstance(e.part, Trained) for n, p in e.part.named_parameters()
@@ -163,12 +170,8 @@ def import_peft(
                 _fill(edit, edit.part, tensors, config, rank)
         for key in extra:
             owned[key.removeprefix(_PREFIX)].copy_(tensors[key])
-    install(model, adapter)
-    if train:
-        trainable(model, name)
-    else:
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(False)
+    install(model, adapter, anatomy)
+    adapter.requires_grad_(trainable)
     return model
 
 

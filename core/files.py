@@ -186,8 +186,7 @@ def load(
     adapter.load_state_dict({k: v.to(device, copy=True) for k, v in tensors.items()}, assign=True)
     adapter._apply(lambda t: t)  # type: ignore[no-untyped-call]  # parts note the dtype of what was loaded
     install(model, adapter, anatomy)
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(trainable)
+    adapter.requires_grad_(trainable)
     return model
 
 

@@ -111,10 +111,7 @@ def prepare(
         anatomy = anatomy or existing.anatomy
     else:
         if hasattr(model, "adapters"):
-            raise AdapterError(
-                f"{type(model).__name__} already has an attribute 'adapters' ({type(model.adapters).__name__}); "
-                "peft-suite cannot use that name."
-            )
+            adapters_of(model)  # somebody else's attribute: says so
         anatomy = anatomy or described(model)
         check_name(name, ())
     _refuse_sharded(model)
@@ -138,7 +135,7 @@ def install(model: nn.Module, adapter: Adapter, anatomy: Anatomy | None = None) 
     adapters = adapters_of(model)
     adapters.attach(model, adapter)
     adapters.train(model.training)
-    adapters.switch(model, (adapter.name,))
+    adapters.switch((adapter.name,))
 
 
 def summary(model: nn.Module) -> Summary:
@@ -179,7 +176,7 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     longer = [n for n in names if adapters[n].method.capabilities.changes_sequence]
     if len(longer) > 1:
         raise AdapterError(f"Adapters {longer} all add tokens to the sequence; activate one of them at a time.")
-    adapters.switch(model, tuple(names))
+    adapters.switch(tuple(names))
     return model
 
 
@@ -198,11 +195,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes what the frozen model computes, bit for bit; afterwards as before."""
     adapters = adapters_of(model)
     before = adapters.active
-    adapters.switch(model, ())
+    adapters.switch(())
     try:
         yield model
     finally:
-        adapters.switch(model, before)
+        adapters.switch(before)
 
 
 def remove(model: nn.Module, *names: str) -> nn.Module:

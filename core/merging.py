@@ -61,15 +61,18 @@ def merge(model: nn.Module, *, partial: bool = False) -> nn.Module:
 
 
 def _foldable(model: nn.Module, adapters: Adapters) -> tuple[list[Edit], list[Edit]]:
-    """Split the active edits into (cannot fold, can fold), in folding order: weight, after; then activation."""
+    """Split the active edits into (cannot fold, can fold), in folding order: weight, after; then activation.
+
+    What acts on a weight or an output after an edit that stays cannot fold either.
+    """
     stuck: list[Edit] = []
     folded: list[Edit] = []
     blocked: set[str] = set()
     ordered = [e for n in adapters.active for e in adapters[n].edits]
     for edit in sorted(ordered, key=lambda e: _ORDER[e.kind]):  # stable: activation order within a kind
-        if (edit.path in blocked and edit.kind in ("after", "beside")) or not folds(model, edit):
+        if edit.path in blocked or not folds(model, edit):
             stuck.append(edit)
-            if edit.kind in ("after", "beside"):
+            if edit.kind not in ("before", "branch"):
                 blocked.add(edit.path)
         else:
             folded.append(edit)
@@ -158,4 +161,4 @@ def _drop(model: nn.Module, adapters: Adapters, folded: Sequence[Edit]) -> None:
         model._modules["adapters"] = again
         for rest in rests:
             again.attach(model, rest)
-        again.switch(model, tuple(rest.name for rest in rests))
+        again.switch(tuple(rest.name for rest in rests))

@@ -31,9 +31,9 @@ def verify(model: nn.Module, batch: Any) -> dict[str, int]:
     fired: set[str] = set()
     handles = []
     edits = [(f"{name}:{e.key}", e) for name in adapters.active for e in adapters[name].edits]
-    for key, edit in edits:
-        if edit.kind != "shadow" and not isinstance(edit.part, BatchStatistics):
-            handles.append(edit.part.register_forward_hook(lambda *_, key=key: fired.add(key)))
+    called = [(k, e) for k, e in edits if e.kind != "shadow" and not isinstance(e.part, BatchStatistics)]
+    for key, edit in called:
+        handles.append(edit.part.register_forward_hook(lambda *_, key=key: fired.add(key)))
     kept = {id(p): p.grad for p in model.parameters()}
     watched = {n: p for n, p in model.named_parameters() if p.requires_grad}
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
@@ -56,7 +56,7 @@ def verify(model: nn.Module, batch: Any) -> dict[str, int]:
             for name, buffer in model.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
-    silent = [k for k, e in edits if e.kind != "shadow" and not isinstance(e.part, BatchStatistics) and k not in fired]
+    silent = [key for key, _ in called if key not in fired]
     silent += _stale_shadows(model, edits)
     if silent or lost:
         raise VerificationError(

@@ -293,10 +293,11 @@ class LoRA(Method[LoRAConfig]):
 
     def _targets(self, anatomy: Anatomy, edit: Editor) -> list[Weight]:
         found: list[Weight] = []
+        roles = {role for block in anatomy.blocks for role in block.weights}
+        names = [n for n, m in edit.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        names = [n for n in names if not n.startswith("adapters.")]
         for target in self.config.targets:
-            if "." in target or "*" in target:
-                names = [n for n, m in edit.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-                names = [n for n in names if not n.startswith("adapters.")]
+            if target not in roles and (target in names or "." in target or "*" in target):
                 matched = fnmatch.filter(names, target)
                 if not matched:
                     raise UnsupportedError(

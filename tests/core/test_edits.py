@@ -94,9 +94,31 @@ class Shift(ps.Method[ShiftConfig]):
         edit.after(anatomy.blocks[0].point, ShiftPart(), "out")
 
 
+@dataclass(frozen=True)
+class SquashConfig(ps.MethodConfig):
+    method: ClassVar[str] = "test-squash"
+
+
+class SquashPart(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(1))
+
+    def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return torch.tanh(weight * self.by), bias
+
+
+class Squash(ps.Method[SquashConfig]):
+    config_class = SquashConfig
+
+    def build(self, anatomy: ps.Anatomy, edit: Editor) -> None:
+        edit.reweigh(ps.Weight("block.fc"), SquashPart(), "squash")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def shift_is_registered() -> None:
-    ps.register(ps.Plugin("test-core", methods=(ps.MethodEntry("test-shift", f"{__name__}:Shift", "for tests"),)))
+def methods_are_registered() -> None:
+    entries = [ps.MethodEntry(f"test-{n.lower()}", f"{__name__}:{n}", "for tests") for n in ("Shift", "Squash")]
+    ps.register(ps.Plugin("test-core", methods=tuple(entries)))
 
 
 @pytest.fixture
@@ -218,6 +240,37 @@ def test_partial_merge_keeps_what_does_not_fold(net: Net, tmp_path: Path) -> Non
     fresh.load_state_dict(base)
     ps.load(fresh.eval(), tmp_path, anatomy=ANATOMY)
     close(fresh(X), net(X))
+
+
+def test_partial_merge_leaves_what_follows_a_weight_function_that_stays(net: Net) -> None:
+    ps.adapt(net, "test-squash", name="squash", anatomy=ANATOMY)
+    ps.adapt(net, "ssf", name="ssf")
+    randomise(net)
+    ps.activate(net, "squash", "ssf")
+    wanted = net(X)
+    ps.merge(net, partial=True)
+    close(net(X), wanted)
+    assert [e.key for e in net.adapters["ssf"].edits] == ["block.fc.ssf"]
+
+
+def test_lora_by_a_path_without_a_dot_means_that_module_alone(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.fc2 = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.fc(x))
+
+    model, anatomy, x = Two(), ps.Anatomy("t", 6, ()), torch.randn(3, 6)
+    twin = copy.deepcopy(model)
+    ps.adapt(model, "lora(targets=[fc], rank=2)", anatomy=anatomy)
+    randomise(model)
+    ps.export_peft(model, tmp_path)
+    ps.import_peft(twin, tmp_path, anatomy=anatomy, trainable=True)
+    assert [k for k, _ in twin.adapters["default"].parts()] == ["fc.lora"]
+    assert all(p.requires_grad for p in twin.adapters.parameters())
+    close(twin(x), model(x))
 
 
 def test_merge_makes_a_bias_where_there_is_none() -> None:
