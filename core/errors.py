@@ -17,6 +17,8 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FileFormatError",
+    "KernelArgumentError",
+    "KernelBackendError",
     "MergeError",
     "MissingExtraError",
     "PeftSuiteError",
@@ -70,6 +72,14 @@ class BackboneMismatchError(PeftSuiteError, ValueError):
 
 class FileFormatError(PeftSuiteError, ValueError):
     """An adapter directory that is missing, truncated, corrupted or written by something else."""
+
+
+class KernelArgumentError(PeftSuiteError, ValueError):
+    """A tensor or number that a kernel cannot take; names the argument, its shape and what was expected."""
+
+
+class KernelBackendError(PeftSuiteError, RuntimeError):
+    """A back end that was asked for by name and cannot run this call here; says why."""
 
 
 class MergeError(AdapterError):
