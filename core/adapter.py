@@ -207,6 +207,7 @@ _SIDE = {
     "beside": "after",
     "branch": "branch",
     "reweigh": "reweigh",
+    "select": "reweigh",
     "shadow": "shadow",
 }
 

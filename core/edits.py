@@ -11,6 +11,7 @@ after           ``y = part(y)`` on a module's output stream           forward ho
 beside          ``y = part(y, x)`` from output and input              forward hook
 branch          ``h = h + part(x)``, x the un-normalised residual     forward override of the block
 reweigh         ``weight, bias = part(weight, bias)``                 forward override of the module
+select          chosen entries of weight and bias train               forward override of the module
 own             a trained copy of parameters                          reweigh, or a shadow
 ==============  ====================================================  =============================
 
@@ -31,7 +32,7 @@ from peft_suite.anatomy import Functional
 
 __all__ = ["Beside", "Edit", "Part", "functional_of"]
 
-Kind = Literal["before", "after", "beside", "branch", "reweigh", "shadow"]
+Kind = Literal["before", "after", "beside", "branch", "reweigh", "select", "shadow"]
 
 
 class Part(nn.Module):
@@ -54,6 +55,13 @@ class Part(nn.Module):
     def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """New (weight, bias) of ``module`` that make it compute what module and part compute together."""
         raise NotImplementedError(f"{type(self).__name__} does not fold")
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Before loading: take over sizes that are learned, not configured, from the part's tensors in the file."""
+
+    def direct(self, weight: Tensor | None) -> bool:
+        """Whether ``part(weight, bias, x)`` computes the module's output itself, without a changed weight."""
+        return False
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Part:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -172,14 +180,17 @@ class Reweigh:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module: Any = self.module
-        weight, bias = module.weight, module.bias
+        weight, bias = module.weight, getattr(module, "bias", None)
         for part in self.active:
+            if part is self.active[-1] and part.direct(weight):
+                return cast(Tensor, part(weight, bias, x))
             weight, bias = part(weight, bias)
         if weight is not None and bias is not None:
             bias = bias.to(weight.dtype)
         if self.statistics is not None:
             return self.statistics.normalise(self.module, x, weight, bias)
-        if weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        plain = weight is None or weight.dtype == x.dtype or not x.is_floating_point()
+        if plain or torch.is_autocast_enabled(x.device.type):
             return self.function(self.module, x, weight, bias)
         return self.function(self.module, x.to(weight.dtype), weight, bias).to(x.dtype)
 
@@ -308,6 +319,12 @@ def _group_norm(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tenso
     return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
 
 
+def _embedding(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    table = cast(nn.Embedding, module)
+    sparse, scale = table.sparse, table.scale_grad_by_freq
+    return F.embedding(x, cast(Tensor, weight), table.padding_idx, table.max_norm, table.norm_type, scale, sparse)
+
+
 def _frozen_batch_norm(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     norm = cast(nn.BatchNorm1d, module)
     if norm.running_mean is None:
@@ -324,6 +341,7 @@ _FUNCTIONALS: Mapping[Callable[..., Any], Functional] = {
     nn.Conv3d.forward: _conv,
     nn.LayerNorm.forward: _layer_norm,
     nn.GroupNorm.forward: _group_norm,
+    nn.Embedding.forward: _embedding,
     nn.modules.batchnorm._BatchNorm.forward: _frozen_batch_norm,
 }
 

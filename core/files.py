@@ -178,6 +178,8 @@ def load(
             f"{type(model).__module__}.{type(model).__qualname__}: {error}"
         ) from error
     adapter = Adapter(chosen, method, [e for e in adapter.edits if e.key in set(config["parts"])])
+    for key, part in adapter.parts():
+        part.adopt({n.removeprefix(f"{key}."): t for n, t in tensors.items() if n.startswith(f"{key}.")})
     _check_shapes(path, adapter, tensors, model, saved)
     if check != "none":
         _check_backbone(path, model, anatomy, saved["fingerprint"], saved["class"], check)

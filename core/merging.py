@@ -79,7 +79,7 @@ def _foldable(model: nn.Module, adapters: Adapters) -> tuple[list[Edit], list[Ed
     return stuck, folded
 
 
-_ORDER = {"before": 0, "branch": 0, "reweigh": 1, "shadow": 1, "after": 2, "beside": 2}
+_ORDER = {"before": 0, "branch": 0, "reweigh": 1, "select": 1, "shadow": 1, "after": 2, "beside": 2}
 
 
 def folds(model: nn.Module, edit: Edit) -> bool:

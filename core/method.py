@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
@@ -14,6 +15,7 @@ from peft_suite.config import MethodConfig, parse_shorthand
 from peft_suite.edits import BatchStatistics, Edit, Part, Trained, functional_of
 from peft_suite.errors import ConfigError, UnsupportedError
 from peft_suite.plugins import find_method, resolve
+from peft_suite.selecting import Select
 
 if TYPE_CHECKING:
     from peft_suite.adapter import Adapter
@@ -170,6 +172,35 @@ class Editor:
                 "Add it to Anatomy.functionals."
             )
         self._record(Edit("reweigh", weight.path, _key(weight.path, label), part))
+
+    def select(self, weight: Weight, label: str, index: Tensor | None, bias_index: Tensor | None = None) -> Select:
+        """Train chosen entries of a module's weight (and bias): flat sorted positions; None leaves a tensor alone.
+
+        A method that chooses later, in ``calibrate``, gives an empty index here and calls :meth:`Select.choose`.
+
+        Raises:
+            UnsupportedError: the module's forward is not known, or it has no such tensor.
+            KernelArgumentError: a position twice, out of order or out of range.
+        """
+        module = self.module(weight.path)
+        if functional_of(module, self.anatomy.functionals) is None:
+            raise UnsupportedError(
+                f"Entries of {weight.path} cannot be chosen: the forward of {type(module).__name__} is not known. "
+                "Add it to Anatomy.functionals."
+            )
+        chosen = {n: i for n, i in (("weight", index), ("bias", bias_index)) if i is not None}
+        for name in chosen:
+            if not isinstance(getattr(module, name, None), Tensor):
+                raise UnsupportedError(f"{weight.path} ({type(module).__name__}) has no {name} to choose entries of.")
+        if module.weight.dtype in (torch.float16, torch.bfloat16) and not any(e.kind == "select" for e in self.edits):
+            warnings.warn(
+                f"Chosen entries of {str(module.weight.dtype).removeprefix('torch.')} weights: changes smaller than "
+                "the weights' rounding step are lost. Keep these layers in float32, or watch kernels.rounded_away.",
+                stacklevel=3,
+            )
+        part = Select(module, chosen, self.device)
+        self._record(Edit("select", weight.path, _key(weight.path, label), part))
+        return part
 
     def own(self, parameters: Iterable[str]) -> None:
         """Train copies of base parameters, by full names; they start at the base values and travel in the file."""

@@ -14,7 +14,6 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from peft_suite.errors import MissingExtraError, PluginError, UnknownNameError
@@ -36,7 +35,6 @@ __all__ = [
 ]
 
 GROUP = "peft_suite.plugins"
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class MethodEntry:
     target: str
     summary: str
     paper: str = ""
-    preset: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+    preset: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import bn_testbed
+import select_testbed
 
 import peft_suite as ps
 from peft_suite.plugins import plugins
 from peft_suite.testing import conformance
 
-if bn_testbed.plugin.name not in {p.name for p in plugins()}:
-    ps.register(bn_testbed.plugin)
+for testbed in (bn_testbed, select_testbed):
+    if testbed.plugin.name not in {p.name for p in plugins()}:
+        ps.register(testbed.plugin)
 
 # Configurations that take another path than the method's default.
 EXTRA = (
