@@ -1,4 +1,4 @@
-"""Chosen entries: single weights of frozen tensors that train, by the sparse kernels, while all others stay as they are."""
+"""Chosen entries: single weights of frozen tensors train, through the sparse kernels; all others stay as they are."""
 
 from __future__ import annotations
 

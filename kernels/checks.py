@@ -78,7 +78,7 @@ def count(argument: str, n: Any, least: int = 0) -> int:
 
 def positive(argument: str, value: Any) -> float:
     """A finite number above 0."""
-    if isinstance(value, Tensor) or isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise fail(argument, f"is {type(value).__name__}", "a Python number above 0")
     if not (value > 0 and math.isfinite(value)):
         raise fail(argument, f"is {value}", "a finite number above 0")

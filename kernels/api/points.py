@@ -134,8 +134,8 @@ def farthest_point_sampling(
 ) -> Tensor:
     """m points of every cloud, each the farthest from all points taken before it.
 
-    ``idx[0] = start``; ``idx[j] = argmax_i min_{j' < j} |p_i − p_idx[j']|²``. Exact. No gradient: gather the coordinates
-    with :func:`gather_points`.
+    ``idx[0] = start``; ``idx[j] = argmax_i min_{j' < j} |p_i − p_idx[j']|²``. Exact. No gradient: gather the
+    coordinates with :func:`gather_points`.
 
     Args:
         points: (B, N, D). Points with a NaN or infinite coordinate are never taken, except as the start.
@@ -304,8 +304,8 @@ def three_nn(unknown: Tensor, known: Tensor, *, index_dtype: torch.dtype = torch
 def three_interpolate(feats: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
     """Weighted sums of rows: (B, m, C), (B, n, k), (B, n, k) -> (B, n, C), ``Σ_j weight_j · feats[idx_j]``.
 
-    Usually k = 3 and the weights of each row sum to 1. Differentiable in ``feats`` and ``weight``; summed in float32 for
-    half features.
+    Usually k = 3 and the weights of each row sum to 1. Differentiable in ``feats`` and ``weight``; summed in float32
+    for half features.
 
     Raises:
         KernelArgumentError: ranks, devices or sizes do not fit, or an index is out of range.
@@ -322,7 +322,7 @@ def three_interpolate(feats: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
 def interpolate(
     unknown: Tensor, known: Tensor, feats: Tensor, k: int = 3, power: Literal[1, 2] = 1, eps: float = 1e-8
 ) -> Tensor:
-    """Features of known points carried to unknown ones by inverse distance: (B, n, D), (B, m, D), (B, m, C) -> (B, n, C).
+    """Features carried to unknown points by inverse distance: (B, n, D), (B, m, D), (B, m, C) -> (B, n, C).
 
     ``w_j = 1 / (d_j^power + eps)``, normalised over the k nearest. ``power=1`` is the feature propagation of PointNet++
     (pointnet2_ops); ``power=2`` that of the segmentation heads of the Point-MAE family, whose expanded distances can

@@ -1,4 +1,4 @@
-"""The functions of ``pointnet2_ops.pointnet2_utils``: features (B, C, N), int32 indices, the CUDA kernels' sampling rule.
+"""The functions of ``pointnet2_ops.pointnet2_utils``: features (B, C, N), int32 indices, the CUDA sampling rule.
 
 They keep the input's dtype (the originals know float32 only), run on CPU too, and refuse nothing that the originals
 accept.
@@ -42,7 +42,7 @@ def grouping_operation(features: Tensor, idx: Tensor) -> Tensor:
 
 
 def ball_query(radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor) -> Tensor:
-    """Around ``new_xyz`` (B, M, 3), the first ``nsample`` of ``xyz`` (B, N, 3) in index order -> (B, M, nsample) int32."""
+    """The first ``nsample`` of ``xyz`` (B, N, 3) in a ball around ``new_xyz`` (B, M, 3) -> (B, M, nsample) int32."""
     idx = api.ball_query(new_xyz, xyz, radius, nsample, index_dtype=torch.int32)
     assert isinstance(idx, Tensor)
     return idx

@@ -1,4 +1,4 @@
-"""A method that trains the largest entries of every weight, for the suite's process only: the ``select`` edit at work."""
+"""A method that trains the largest entries of every weight, for this process only: the ``select`` edit at work."""
 
 from __future__ import annotations
 

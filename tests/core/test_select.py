@@ -185,8 +185,8 @@ def test_refusals_name_the_layer() -> None:
         adapted("pick(path=own)")
     with pytest.raises(KernelArgumentError, match="'index'"):
         adapted("pick(entries=99)")
+    editor = Editor(Net(), ANATOMY, torch.device("cpu"))
     with pytest.raises(UnsupportedError, match=r"words \(Embedding\) has no bias"):
-        editor = Editor(Net(), ANATOMY, torch.device("cpu"))
         editor.select(ps.Weight("words"), "select", None, torch.tensor([0]))
 
 
