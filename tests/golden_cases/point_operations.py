@@ -1,19 +1,13 @@
-"""Goldens of operators, not of adapters: what each compares, built from its JSON and tensors alone."""
+"""Point operations of pointnet2_ops and KNN_CUDA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor
 
+from golden_cases import Config, Tensors
 from peft_suite import kernels
 from peft_suite.kernels import compat
 from peft_suite.kernels.dispatch import unavailable
-
-Config = dict[str, Any]
-Tensors = dict[str, Tensor]
 
 
 def pointops(config: Config, tensors: Tensors) -> None:
@@ -56,4 +50,4 @@ def _pointops(config: Config, t: Tensors) -> None:
     torch.testing.assert_close(ours.mT, t["interpolated"], rtol=1e-5, atol=1e-5)
 
 
-OPERATORS: dict[str, Callable[[Config, Tensors], None]] = {"pointops": pointops}
+CHECKS = {"pointops": pointops}
