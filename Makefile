@@ -3,18 +3,23 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 FARM := $(VENV)/.linked
+INTERPRETED := tests/kernels/interpreter
 SOURCES := $(shell find core kernels plugins -name '*.py' -o -name '*.safetensors' -o -name '*.html' | sort)
 
-.PHONY: demo test test-all lint types bench docs clean
+.PHONY: demo test test-all interpreter lint types bench bench-kernels docs clean
 
 demo: $(FARM)
 	$(VENV)/bin/peft-suite demo --out runs/demo
 
-test: $(FARM) lint types
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" --cov --cov-report=term:skip-covered
+test: $(FARM) lint types interpreter
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" --ignore $(INTERPRETED) --cov --cov-report=term:skip-covered
 
-test-all: $(FARM) lint types
-	OMP_NUM_THREADS=1 PEFT_SUITE_TEST_ALL=1 $(PY) -m pytest -n 2 --dist worksteal
+test-all: $(FARM) lint types interpreter
+	OMP_NUM_THREADS=1 PEFT_SUITE_TEST_ALL=1 $(PY) -m pytest -n 2 --dist worksteal --ignore $(INTERPRETED)
+
+# Triton decides at its first import whether kernels are interpreted: these tests have a process of their own.
+interpreter: $(FARM)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -q $(INTERPRETED)
 
 lint: $(FARM)
 	$(VENV)/bin/ruff check .
@@ -25,6 +30,9 @@ types: $(FARM)
 
 bench: $(FARM)
 	OMP_NUM_THREADS=1 $(PY) benchmarks/core/run.py
+
+bench-kernels: $(FARM)
+	$(PY) benchmarks/kernels/run.py
 
 docs: $(FARM)
 	$(VENV)/bin/mkdocs build -q
