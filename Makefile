@@ -44,8 +44,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # A strict editable install links every file by name: link again when files come or go.
+# Numba's cache does not see that an imported file changed: compile again.
 $(FARM): $(STAMP) $(SOURCES)
 	rm -rf build
+	find kernels -name '*.nbi' -delete -o -name '*.nbc' -delete
 	$(PY) -m pip install -q --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
 	touch $@
 

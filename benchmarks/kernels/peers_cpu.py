@@ -1,8 +1,8 @@
 """Other libraries' kNN and farthest point sampling on the CPU, behind one call form, for side-by-side timing.
 
 `knn_peers()` and `fps_peers()` return {name: factory}. A factory takes the inputs and a thread count, converts the
-inputs (not timed) and returns a function to time; tree builds are inside that function. It raises
-`MissingError` with the reason where the library cannot be used. Call `pin(threads)` first thing in the process, before heavy imports: some
+inputs (not timed) and returns a function to time; tree builds are inside that function. It raises `MissingError` with
+the reason where the library cannot be used. Call `pin(threads)` first thing in the process, before heavy imports: some
 libraries size their thread pools once, from the processors that the process may use.
 """
 

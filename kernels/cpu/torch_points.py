@@ -123,15 +123,18 @@ def farthest_point_sampling(
     batch, n, dim = points.shape
     device = points.device
     axes = points.to(dtype).permute(2, 0, 1).contiguous()  # (D, B, N)
-    candidate = torch.isfinite(axes).all(0)
+    finite = torch.isfinite(axes).all(0)
+    axes = axes.masked_fill_(~finite, 0)  # never candidates; keeps NaN out of the minimum
+    candidate = finite
     if lengths is not None:
-        candidate &= ~(torch.arange(n, device=device) >= lengths[:, None])
+        candidate = candidate & (torch.arange(n, device=device) < lengths[:, None])
     pointnet2 = rule == "pointnet2"
     if pointnet2:
         norm = sum((axes[d] * axes[d] for d in range(1, dim)), axes[0] * axes[0])
-        candidate &= norm.double() > NEAR_ORIGIN
+        candidate = candidate & (norm.double() > NEAR_ORIGIN)
     best = torch.full((batch, n), 1e10 if pointnet2 else torch.inf, dtype=dtype, device=device)
     best.masked_fill_(~candidate, -1.0)  # never the maximum while a candidate is left
+    place = axes.permute(1, 2, 0).contiguous()  # (B, N, D), to read centres from
     order = _tie_permutation(n, lengths, batch, device) if pointnet2 else None
     if order is not None:  # scan in tie order, so that the first maximum is the winner
         axes, best = axes.gather(2, order.expand(dim, -1, -1)), best.gather(1, order)
@@ -139,19 +142,21 @@ def farthest_point_sampling(
     fallback = ~candidate.any(-1)
     picks = torch.empty(batch, m, dtype=torch.int64, device=device)
     last = start.to(torch.int64)
-    original = points.to(dtype)
     gap, total = torch.empty_like(best), torch.empty_like(best)
     for j in range(m):
         picks[:, j] = last
         if j + 1 == m:
             break
-        centre = original[row, last]  # (B, D)
+        centre = place[row, last]  # (B, D)
         torch.sub(axes[0], centre[:, 0, None], out=gap)
         torch.mul(gap, gap, out=total)
         for d in range(1, dim):
             torch.sub(axes[d], centre[:, d, None], out=gap)
-            total.add_(gap.mul_(gap))
-        best = torch.fmin(best, total)  # fmin leaves ``best`` where the distance is NaN
+            gap.mul_(gap)
+            total.add_(gap)
+        if j == 0:  # only the start can be a point that is not finite: it moves nothing
+            total.masked_fill_(~finite[row, last][:, None], torch.inf)
+        torch.minimum(best, total, out=best)
         at = best.argmax(-1)
         last = at if order is None else order[row, at]
         last = torch.where(fallback, 0, last)
