@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def tensor(argument: str, x: Any, layout: str, dtypes: Sequence[torch.dtype] = F
     if x.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise fail(argument, f"has dtype {str(x.dtype).removeprefix('torch.')}: {shape_of(x)}", f"one of {names}")
-    return x
+    return cast(Tensor, x)
 
 
 def points(argument: str, x: Any, dim: int | None = None) -> Tensor:
@@ -103,12 +103,12 @@ def lengths(argument: str, value: Any, like: Tensor) -> Tensor | None:
     """(B,) integers, one per cloud of ``like``; given to the operations as int64."""
     if value is None:
         return None
-    value = tensor(argument, value, "(B,)", INTEGERS)
-    if value.shape[0] != like.shape[0]:
-        raise fail(argument, f"is {shape_of(value)}", f"one length per cloud, ({like.shape[0]},)")
-    if value.device != like.device:
-        raise fail(argument, f"is on {value.device}", f"{like.device}, where the points are")
-    return value.to(torch.int64)
+    found = tensor(argument, value, "(B,)", INTEGERS)
+    if found.shape[0] != like.shape[0]:
+        raise fail(argument, f"is {shape_of(found)}", f"one length per cloud, ({like.shape[0]},)")
+    if found.device != like.device:
+        raise fail(argument, f"is on {found.device}", f"{like.device}, where the points are")
+    return found.to(torch.int64)
 
 
 def index(argument: str, value: Any, layout: str) -> Tensor:

@@ -179,7 +179,7 @@ def farthest_point_sampling(
         if start >= max(n, 1):
             raise checks.fail("start", f"is {start}", f"an index below N = {n}, a tensor (B,) or 'random'")
         first = torch.full((batch,), start, dtype=torch.int64, device=device)
-    idx = ops.farthest_point_sampling(points, m, first, lengths, rule, index_dtype, check_finite)
+    idx: Tensor = ops.farthest_point_sampling(points, m, first, lengths, rule, index_dtype, check_finite)
     if pad == "pytorch3d":
         slot = torch.arange(m, device=device)
         most = torch.full((batch, 1), n, device=device) if lengths is None else lengths[:, None]
@@ -233,7 +233,7 @@ def ball_query(
     lengths_q = checks.lengths("lengths_q", lengths_q, query)
     lengths_p = checks.lengths("lengths_p", lengths_p, points)
     _not_empty("points", points, lengths_p, query.shape[0] * query.shape[1] * k, "queries")
-    idx = ops.ball_query(query, points, radius, k, lengths_q, lengths_p, pad, index_dtype, check_finite)
+    idx: Tensor = ops.ball_query(query, points, radius, k, lengths_q, lengths_p, pad, index_dtype, check_finite)
     if not return_dists:
         return idx
     dtype = compute_dtype(query)
@@ -257,7 +257,8 @@ def gather_points(x: Tensor, idx: Tensor, *, deterministic: bool = False) -> Ten
     checks.tensor("x", x, "(B, N, C)")
     checks.index("idx", idx, "(B, M)")
     checks.alike("x", x, "idx", idx, last=False, dtype=False)
-    return ops.gather_rows(x, idx, deterministic)
+    rows: Tensor = ops.gather_rows(x, idx, deterministic)
+    return rows
 
 
 def group_points(x: Tensor, idx: Tensor, *, deterministic: bool = False) -> Tensor:
@@ -266,7 +267,8 @@ def group_points(x: Tensor, idx: Tensor, *, deterministic: bool = False) -> Tens
     checks.index("idx", idx, "(B, M, k)")
     checks.alike("x", x, "idx", idx, last=False, dtype=False)
     batch, m, k = idx.shape
-    return ops.gather_rows(x, idx.reshape(batch, m * k), deterministic).view(batch, m, k, x.shape[2])
+    rows: Tensor = ops.gather_rows(x, idx.reshape(batch, m * k), deterministic)
+    return rows.view(batch, m, k, x.shape[2])
 
 
 def group_relative(xyz: Tensor, centers: Tensor, idx: Tensor) -> Tensor:
@@ -284,7 +286,8 @@ def group_relative(xyz: Tensor, centers: Tensor, idx: Tensor) -> Tensor:
     checks.alike("xyz", xyz, "idx", idx, last=False, dtype=False)
     if idx.shape[1] != centers.shape[1]:
         raise checks.fail("idx", f"is {checks.shape_of(idx)}", f"one row per centre, M = {centers.shape[1]}")
-    return ops.group_relative(xyz, centers, idx)
+    grouped: Tensor = ops.group_relative(xyz, centers, idx)
+    return grouped
 
 
 @torch.no_grad()
@@ -316,7 +319,8 @@ def three_interpolate(feats: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
     checks.alike("feats", feats, "idx", idx, last=False, dtype=False)
     if weight.shape != idx.shape or weight.device != idx.device:
         raise checks.fail("weight", f"is {checks.shape_of(weight)}", f"one weight per index, {checks.shape_of(idx)}")
-    return ops.weighted_rows(feats, idx, weight)
+    sums: Tensor = ops.weighted_rows(feats, idx, weight)
+    return sums
 
 
 def interpolate(
@@ -351,7 +355,7 @@ def unpack(packed: Tensor, lengths: Tensor) -> Tensor:
     checks.tensor("lengths", lengths, "(B,)", checks.INTEGERS)
     if int(lengths.sum()) != packed.shape[0] or bool((lengths < 0).any()):
         raise checks.fail("lengths", f"is {lengths.tolist()}", f"lengths that add up to {packed.shape[0]} rows")
-    parts = packed.split(lengths.tolist())
+    parts = torch.split(packed, lengths.tolist())
     if not parts:
         return packed.new_zeros(0, 0, packed.shape[1])
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)

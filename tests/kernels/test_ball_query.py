@@ -110,16 +110,16 @@ def test_operator_contract_and_full_graph(place: Place) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(radius=0), "'radius': is 0; expected a finite number above 0"),
-        (dict(radius=torch.ones(1)), "'radius': is Tensor; expected a Python number above 0"),
-        (dict(k=-1), "'k': is -1"),
-        (dict(pad="inf"), "'pad': is 'inf'; expected one of 'first', 'pytorch3d'"),
-        (dict(points=torch.zeros(2, 0, 3)), "'points': is an empty cloud with queries"),
-        (dict(query=torch.zeros(2, 4)), "'query': has 2 dimensions"),
+        ({"radius": 0}, "'radius': is 0; expected a finite number above 0"),
+        ({"radius": torch.ones(1)}, "'radius': is Tensor; expected a Python number above 0"),
+        ({"k": -1}, "'k': is -1"),
+        ({"pad": "inf"}, "'pad': is 'inf'; expected one of 'first', 'pytorch3d'"),
+        ({"points": torch.zeros(2, 0, 3)}, "'points': is an empty cloud with queries"),
+        ({"query": torch.zeros(2, 4)}, "'query': has 2 dimensions"),
     ],
 )
 def test_bad_input_names_the_argument(change: dict[str, object], words: str) -> None:
-    given = dict(query=torch.zeros(2, 4, 3), points=torch.zeros(2, 5, 3), radius=0.5, k=2) | change
+    given = {"query": torch.zeros(2, 4, 3), "points": torch.zeros(2, 5, 3), "radius": 0.5, "k": 2} | change
     with pytest.raises(KernelArgumentError) as caught:
         kernels.ball_query(**given)  # type: ignore[arg-type]
     assert words in str(caught.value)

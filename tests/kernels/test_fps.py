@@ -150,25 +150,25 @@ def test_repeatable(place: Place) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(points=torch.zeros(4, 3)), "'points': has 2 dimensions"),
-        (dict(points=torch.zeros(2, 4, 3).int()), "'points': has dtype int32"),
-        (dict(m=-2), "'m': is -2; expected an integer ≥ 0"),
-        (dict(points=torch.zeros(2, 0, 3)), "'points': is an empty cloud with samples asked of it"),
-        (dict(start=4), "'start': is 4; expected an index below N = 4, a tensor (B,) or 'random'"),
-        (dict(start="first"), "'start': is 'first'"),
-        (dict(start=torch.tensor([0, 9])), "'start': holds 9"),
+        ({"points": torch.zeros(4, 3)}, "'points': has 2 dimensions"),
+        ({"points": torch.zeros(2, 4, 3).int()}, "'points': has dtype int32"),
+        ({"m": -2}, "'m': is -2; expected an integer ≥ 0"),
+        ({"points": torch.zeros(2, 0, 3)}, "'points': is an empty cloud with samples asked of it"),
+        ({"start": 4}, "'start': is 4; expected an index below N = 4, a tensor (B,) or 'random'"),
+        ({"start": "first"}, "'start': is 'first'"),
+        ({"start": torch.tensor([0, 9])}, "'start': holds 9"),
         (
-            dict(start=torch.tensor([0, 3]), lengths=torch.tensor([4, 2])),
+            {"start": torch.tensor([0, 3]), "lengths": torch.tensor([4, 2])},
             "'start': holds [0, 3]; expected indices below",
         ),
-        (dict(rule="cuda"), "'rule': is 'cuda'; expected one of 'standard', 'pointnet2'"),
-        (dict(points=torch.zeros(2, 4, 2), rule="pointnet2"), "'points': has last dimension 2"),
-        (dict(lengths=torch.tensor([5, 1])), "'lengths': holds 5"),
-        (dict(points=torch.full((2, 4, 3), math.inf), check_finite=True), "'points': holds inf at (0, 0, 0)"),
+        ({"rule": "cuda"}, "'rule': is 'cuda'; expected one of 'standard', 'pointnet2'"),
+        ({"points": torch.zeros(2, 4, 2), "rule": "pointnet2"}, "'points': has last dimension 2"),
+        ({"lengths": torch.tensor([5, 1])}, "'lengths': holds 5"),
+        ({"points": torch.full((2, 4, 3), math.inf), "check_finite": True}, "'points': holds inf at (0, 0, 0)"),
     ],
 )
 def test_bad_input_names_the_argument(change: dict[str, object], words: str) -> None:
-    given = dict(points=torch.zeros(2, 4, 3), m=2) | change
+    given = {"points": torch.zeros(2, 4, 3), "m": 2} | change
     with pytest.raises(KernelArgumentError) as caught:
         kernels.farthest_point_sampling(**given)  # type: ignore[arg-type]
     assert words in str(caught.value)

@@ -218,29 +218,29 @@ def test_offsets_past_two_to_the_31_are_planned_on_fake_tensors() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(query=torch.zeros(4, 3)), "'query': has 2 dimensions: float32 (4, 3) on cpu; expected 3, (B, N, D)"),
-        (dict(query=[[0.0]]), "'query': is a list; expected a tensor"),
-        (dict(query=torch.zeros(2, 4, 3, dtype=torch.int64)), "'query': has dtype int64"),
+        ({"query": torch.zeros(4, 3)}, "'query': has 2 dimensions: float32 (4, 3) on cpu; expected 3, (B, N, D)"),
+        ({"query": [[0.0]]}, "'query': is a list; expected a tensor"),
+        ({"query": torch.zeros(2, 4, 3, dtype=torch.int64)}, "'query': has dtype int64"),
         (
-            dict(query=torch.zeros(2, 4, 3).double()),
+            {"query": torch.zeros(2, 4, 3).double()},
             "'points': is float32 (2, 5, 3) on cpu; expected the dtype of 'query'",
         ),
-        (dict(query=torch.zeros(3, 4, 3)), "expected the batch size of 'query', 3"),
-        (dict(query=torch.zeros(2, 4, 2)), "expected the last dimension of 'query', 2"),
-        (dict(query=torch.zeros(2, 4, 3, device="meta")), "'points': is on cpu; expected meta"),
-        (dict(k=-1), "'k': is -1; expected an integer ≥ 0"),
-        (dict(k=2.0), "'k': is 2.0"),
-        (dict(points=torch.zeros(2, 0, 3)), "'points': is an empty cloud with queries"),
-        (dict(norm=3), "'norm': is 3; expected one of 2, 1"),
-        (dict(pad="zero"), "'pad': is 'zero'; expected one of 'inf', 'pytorch3d'"),
-        (dict(index_dtype=torch.int16), "'index_dtype': is torch.int16"),
-        (dict(lengths_p=torch.tensor([6, 1])), "'lengths_p': holds 6; expected lengths from 0 to 5"),
-        (dict(lengths_q=torch.tensor([1])), "'lengths_q': is int64 (1,) on cpu; expected one length per cloud, (2,)"),
-        (dict(query=torch.full((2, 4, 3), math.nan), check_finite=True), "'query': holds nan at (0, 0, 0)"),
+        ({"query": torch.zeros(3, 4, 3)}, "expected the batch size of 'query', 3"),
+        ({"query": torch.zeros(2, 4, 2)}, "expected the last dimension of 'query', 2"),
+        ({"query": torch.zeros(2, 4, 3, device="meta")}, "'points': is on cpu; expected meta"),
+        ({"k": -1}, "'k': is -1; expected an integer ≥ 0"),
+        ({"k": 2.0}, "'k': is 2.0"),
+        ({"points": torch.zeros(2, 0, 3)}, "'points': is an empty cloud with queries"),
+        ({"norm": 3}, "'norm': is 3; expected one of 2, 1"),
+        ({"pad": "zero"}, "'pad': is 'zero'; expected one of 'inf', 'pytorch3d'"),
+        ({"index_dtype": torch.int16}, "'index_dtype': is torch.int16"),
+        ({"lengths_p": torch.tensor([6, 1])}, "'lengths_p': holds 6; expected lengths from 0 to 5"),
+        ({"lengths_q": torch.tensor([1])}, "'lengths_q': is int64 (1,) on cpu; expected one length per cloud, (2,)"),
+        ({"query": torch.full((2, 4, 3), math.nan), "check_finite": True}, "'query': holds nan at (0, 0, 0)"),
     ],
 )
 def test_bad_input_names_the_argument(change: dict[str, object], words: str) -> None:
-    given = dict(query=torch.zeros(2, 4, 3), points=torch.zeros(2, 5, 3), k=2) | change
+    given = {"query": torch.zeros(2, 4, 3), "points": torch.zeros(2, 5, 3), "k": 2} | change
     with pytest.raises(KernelArgumentError) as caught:
         kernels.knn(**given)  # type: ignore[arg-type]
     assert words in str(caught.value)

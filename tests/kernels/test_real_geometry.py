@@ -1,6 +1,6 @@
 """Surfaces of real objects, sampled: all back ends agree, with and without float64. Needs a folder of OBJ meshes.
 
-    PEFT_SUITE_MESHES=<folder> pytest tests/kernels/test_real_geometry.py
+PEFT_SUITE_MESHES=<folder> pytest tests/kernels/test_real_geometry.py
 """
 
 from __future__ import annotations
