@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,17 +42,18 @@ def tensor(argument: str, x: Any, layout: str, dtypes: Sequence[torch.dtype] = F
     if x.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise fail(argument, f"has dtype {str(x.dtype).removeprefix('torch.')}: {shape_of(x)}", f"one of {names}")
-    return cast(Tensor, x)
+    return x
 
 
 def points(argument: str, x: Any, dim: int | None = None) -> Tensor:
     """Coordinates or features (B, N, D), floating; ``dim`` fixes D."""
-    x = tensor(argument, x, "(B, N, D)" if dim is None else f"(B, N, {dim})")
-    if dim is not None and x.shape[-1] != dim:
-        raise fail(argument, f"has last dimension {x.shape[-1]}: {shape_of(x)}", f"{dim} coordinates, (B, N, {dim})")
-    if x.shape[-1] == 0:
-        raise fail(argument, f"has no coordinates: {shape_of(x)}", "D ≥ 1")
-    return x
+    found = tensor(argument, x, "(B, N, D)" if dim is None else f"(B, N, {dim})")
+    if dim is not None and found.shape[-1] != dim:
+        wanted = f"{dim} coordinates, (B, N, {dim})"
+        raise fail(argument, f"has last dimension {found.shape[-1]}: {shape_of(found)}", wanted)
+    if found.shape[-1] == 0:
+        raise fail(argument, f"has no coordinates: {shape_of(found)}", "D ≥ 1")
+    return found
 
 
 def alike(first: str, a: Tensor, second: str, b: Tensor, last: bool = True, dtype: bool = True) -> None:
