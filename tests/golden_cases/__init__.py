@@ -1,6 +1,6 @@
 """How each golden's configuration and key names translate, built from its JSON alone: one module a family of methods.
 
-A module defines ``CASES``: golden name -> function that makes a :class:`Case` (an adapter on a backbone); or ``CHECKS``:
+A module defines ``CASES``: golden name -> function that makes a :class:`Case`, an adapter on a backbone; or ``CHECKS``:
 golden name -> function that compares by itself (operators, optimizers, allocations).
 """
 
