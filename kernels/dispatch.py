@@ -48,7 +48,7 @@ def unavailable(backend: str) -> str | None:
     package = {"pointnet2_ops": "pointnet2_ops"}.get(backend, backend)
     if importlib.util.find_spec(package) is None:
         hints = {"numba": "pip install 'peft-suite[cpu]'", "scipy": "pip install 'peft-suite[cpu]'"}
-        hints["triton"] = "pip install triton (Linux)"
+        hints["triton"] = "pip install 'peft-suite[triton]' (Linux)"
         hint = hints.get(backend, "it has to be built from source against CUDA")
         return f"{package} is not installed; {hint}"
     if backend == "triton" and not _interpreting():
