@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 FARM := $(VENV)/.linked
 INTERPRETED := tests/kernels/interpreter
-SOURCES := $(shell find core kernels plugins -name '*.py' -o -name '*.safetensors' -o -name '*.html' | sort)
+SOURCES := $(shell find core kernels plugins -name '*.py' -o -name '*.safetensors' -o -name '*.html' -o -name '*.yaml' | sort)
 
 .PHONY: demo test test-all interpreter lint types bench bench-kernels docs clean
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft_suite.lifecycle import activate, adapt, disabled, events, plan, remove, summary, trainable
     from peft_suite.merging import merge
     from peft_suite.method import Capabilities, Editor, Method
-    from peft_suite.plugins import AnatomyEntry, DatasetEntry, MethodEntry, Plugin, VerbEntry, register
+    from peft_suite.plugins import AnatomyEntry, DatasetEntry, MethodEntry, Plugin, TaskEntry, VerbEntry, register
     from peft_suite.tables import Plan, Summary
     from peft_suite.verification import verify
 
@@ -45,6 +45,7 @@ _HOME = {
     "Plugin": "plugins",
     "Point": "anatomy",
     "Summary": "tables",
+    "TaskEntry": "plugins",
     "VerbEntry": "plugins",
     "Weight": "anatomy",
     "activate": "lifecycle",
@@ -82,6 +83,7 @@ __all__ = [
     "Plugin",
     "Point",
     "Summary",
+    "TaskEntry",
     "VerbEntry",
     "Weight",
     "activate",

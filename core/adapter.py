@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +51,19 @@ class Adapter(nn.Module):
         for edit in self.edits:
             yield edit.key, edit.part
 
+    def stored(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:
+        """The tensors of this adapter's file; ``whole`` gathers sharded ones."""
+        return {
+            f"{key}.{name}": tensor
+            for key, part in self.parts()
+            for name, tensor in part.stored({n: whole(t) for n, t in part.state_dict().items()}).items()
+        }
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let every part take over the learned sizes of its tensors; see :meth:`peft_suite.edits.Part.adopt`."""
+        for key, part in self.parts():
+            part.adopt(_below(key, tensors))
+
     def no_decay(self) -> set[str]:
         """Names of parameters (relative to the adapter) that weight decay should leave alone: vectors and prompts."""
         return {
@@ -60,9 +73,9 @@ class Adapter(nn.Module):
             if not part.decay or parameter.ndim < 2
         }
 
-    def calibrate(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+    def calibrate(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Method[Any] | None:
         """See :meth:`peft_suite.Method.calibrate`."""
-        self.method.calibrate(self, batches, loss)
+        return self.method.calibrate(self, batches, loss)
 
     def penalty(self) -> Tensor | None:
         """See :meth:`peft_suite.Method.penalty`."""
@@ -125,6 +138,13 @@ class Adapters(nn.Module):
             self._pins = [EvalPin(m) for path, m in model.named_children() if path != "adapters"]
         _forget_compiled()
 
+    def replace(self, model: nn.Module, adapter: Adapter) -> None:
+        """Put a newly built adapter in the place of the one of its name; what was active stays so."""
+        active = self.active
+        self.switch(tuple(n for n in active if n != adapter.name))
+        self.attach(model, adapter)
+        self.switch(active)
+
     def _install(self, module: nn.Module, edit: Edit) -> None:
         key = (edit.path, _SIDE[edit.kind])
         if key in self._resident:
@@ -133,7 +153,7 @@ class Adapters(nn.Module):
             self._resident[key] = Before(module, edit.argument)
         elif edit.kind in ("after", "beside"):
             self._resident[key] = After(module, edit.argument, edit.output)
-        elif edit.kind == "branch":
+        elif edit.kind in ("branch", "inside"):
             self._resident[key] = Beside(module, self.anatomy.block_forwards[type(module).forward])
         elif edit.kind == "shadow":
             self._resident[key] = Shadow(module)
@@ -155,7 +175,7 @@ class Adapters(nn.Module):
             if isinstance(resident, After):
                 resident.active = tuple((e.kind == "beside", e.part) for e in edits)
             elif isinstance(resident, Beside):
-                resident.active = tuple((e.branch, e.part) for e in edits)
+                resident.active = tuple((e.branch, e.normed, e.part) for e in edits)
             elif isinstance(resident, Shadow):
                 resident.show(parts)
             elif isinstance(resident, Reweigh):
@@ -206,6 +226,7 @@ _SIDE = {
     "after": "after",
     "beside": "after",
     "branch": "branch",
+    "inside": "branch",
     "reweigh": "reweigh",
     "select": "reweigh",
     "shadow": "shadow",
@@ -216,6 +237,10 @@ def _forget_compiled() -> None:
     # Compiled code does not guard on hooks: without a reset it would go on without the new ones.
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def _below(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(f"{key}."): t for n, t in tensors.items() if n.startswith(f"{key}.")}
 
 
 def check_name(name: str, taken: Iterable[str]) -> None:

@@ -81,14 +81,27 @@ class Anatomy:
         stem: affine operations before the blocks.
         norm: final norm over the tokens, or what stands in its place: the first module after the blocks.
         tail: affine operations between the blocks and the head.
+        between: affine operations between stages: patch merging, downsampling, projected shortcuts.
         norms: module paths of all normalisation layers.
         fresh: full names of parameters that every method trains: the head and what belongs to it.
         prefix_tokens: tokens before the grid (class, distillation, registers).
+        class_token: full name of the class token's parameter; empty when there is none.
         patch_values: inputs per patch position, ``p_h * p_w * channels`` (fan-in of the patch embedding).
         functionals: forward function of a class -> ``f(module, x, weight, bias)`` with the same meaning, for classes
             with their own forward whose weights methods may replace.
-        block_forwards: forward function of a block class -> ``f(block, beside, *args, **kwargs)``; see
-            :class:`peft_suite.edits.Beside`.
+        block_forwards: forward function of a block class, or of another class with named places -> ``f(module, beside,
+            *args, **kwargs)``; see :class:`peft_suite.edits.Beside`.
+        places: forward function of a class in ``block_forwards`` -> names of the places inside it where parts can act:
+            "prefix", keys and values ``[B, heads, N, head width]`` before attention; "prompts", extra tokens of a
+            windowed backbone.
+        image: the module whose input is the image ``[B, 3, H, W]``.
+        image_size: (height, width) that the model insists on; None where any will do.
+        grid: (rows, columns) of the patches behind the prefix tokens at the size the model was built for; None where
+            tokens lie on no grid.
+        head: the one classifier whose output is the model's output, layout "first" for a map ``[B, C, H, W]``.
+        read_directly: modules whose parameters the model reads without calling them: no edit would ever fire there, so
+            methods are refused, and copies of their parameters stand in for them by name.
+        idle: full names of parameters that do not reach the output; no method trains them.
         no_prompts: why extra tokens cannot be carried; empty when they can.
         reentrant: the model is set to reentrant gradient checkpointing, which loses gradients of adapters.
     """
@@ -100,12 +113,21 @@ class Anatomy:
     stem: tuple[Point, ...] = ()
     norm: Point | None = None
     tail: tuple[Point, ...] = ()
+    between: tuple[Point, ...] = ()
     norms: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
     prefix_tokens: int = 0
+    class_token: str = ""
     patch_values: int = 0
     functionals: Mapping[Callable[..., Any], Functional] = field(default_factory=dict)
     block_forwards: Mapping[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
+    places: Mapping[Callable[..., Any], tuple[str, ...]] = field(default_factory=dict)
+    image: Point | None = None
+    image_size: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
+    head: Point | None = None
+    read_directly: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     no_prompts: str = ""
     reentrant: bool = False
 

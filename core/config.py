@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import re
 import types
 import typing
 import warnings
@@ -116,10 +117,13 @@ class MethodConfig(Config):
         return f"{self.method}({', '.join(changed)})"
 
 
+_AMOUNT = re.compile(r"(=\s*)(\d+(?:\.\d+)?[kKmM])(?=\s*[,)])")  # 0.4M, which is no literal
+
+
 def parse_shorthand(text: str) -> tuple[str, dict[str, Any]]:
     """Split ``"name(field=value, ...)"`` into a name and keyword values; ``"name"`` alone is allowed.
 
-    Values are Python literals; a bare word is a string. Nothing is evaluated.
+    Values are Python literals; a bare word, or a number with a unit such as 0.4M, is a string. Nothing is evaluated.
 
     Raises:
         ConfigError: the text has another form.
@@ -130,6 +134,7 @@ def parse_shorthand(text: str) -> tuple[str, dict[str, Any]]:
     if name.replace("-", "_").isidentifier() and not bracket:
         return name, {}
     try:
+        rest = _AMOUNT.sub(r"\1'\2'", rest)
         call = ast.parse(f"{name.replace('-', '_')}({rest}", mode="eval").body
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"Cannot read method {text!r}. {help_}") from error

@@ -9,7 +9,9 @@ edit            the part computes                                     resident o
 before          ``x = part(x)`` on a module's input stream            forward pre-hook
 after           ``y = part(y)`` on a module's output stream           forward hook
 beside          ``y = part(y, x)`` from output and input              forward hook
-branch          ``h = h + part(x)``, x the un-normalised residual     forward override of the block
+branch          ``h = h + part(x)`` at a residual sum, x either the   forward override of the block
+                un-normalised residual or what the sub-layer reads
+inside          ``values = part(*values)`` at a named place           forward override of the module
 reweigh         ``weight, bias = part(weight, bias)``                 forward override of the module
 select          chosen entries of weight and bias train               forward override of the module
 own             a trained copy of parameters                          reweigh, or a shadow
@@ -32,7 +34,7 @@ from peft_suite.anatomy import Functional
 
 __all__ = ["Beside", "Edit", "Part", "functional_of"]
 
-Kind = Literal["before", "after", "beside", "branch", "reweigh", "select", "shadow"]
+Kind = Literal["before", "after", "beside", "branch", "inside", "reweigh", "select", "shadow"]
 
 
 class Part(nn.Module):
@@ -59,6 +61,14 @@ class Part(nn.Module):
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Before loading: take over sizes that are learned, not configured, from the part's tensors in the file."""
 
+    def stored(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The form of this part's ``state`` dict that a file holds: itself, or less that computes exactly the same."""
+        return state
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The state dict that :meth:`stored` made ``tensors`` from, or one that computes exactly the same."""
+        return tensors
+
     def direct(self, weight: Tensor | None) -> bool:
         """Whether ``part(weight, bias, x)`` computes the module's output itself, without a changed weight."""
         return False
@@ -73,7 +83,8 @@ class Part(nn.Module):
 class Edit:
     """One recorded edit: what kind, at which module, with which part under which key of the adapter.
 
-    ``argument`` and ``output`` name the stream (see :class:`peft_suite.Point`); ``branch`` the residual branch.
+    ``argument`` and ``output`` name the stream (see :class:`peft_suite.Point`); ``branch`` the residual branch, or the
+    place inside a described forward; ``normed`` that a branch part reads what the sub-layer reads.
     """
 
     kind: Kind
@@ -83,6 +94,7 @@ class Edit:
     argument: int | str = 0
     output: int | None = None
     branch: str = ""
+    normed: bool = False
 
 
 def bordered(part: Part, y: Tensor, *more: Tensor) -> Tensor:
@@ -136,33 +148,48 @@ class After:
 
 
 class Beside:
-    """Resident forward override of one block: gives parts the un-normalised residual stream.
+    """Resident forward override of one described module: calls parts in the middle of its forward.
 
-    The anatomy's function is called as ``function(block, beside, *args, **kwargs)`` and writes
-    ``h = beside.attn(x, x + branch)`` and ``h = beside.mlp(x, x + branch)`` where the block adds its branches.
+    The anatomy's function is called as ``function(module, beside, *args, **kwargs)``. A block's function writes
+    ``h = beside.attn(x, x + branch, read)`` and ``h = beside.mlp(x, x + branch, read)`` where the block adds its
+    branches, ``read`` being what the sub-layer reads. Other places have names: ``beside.through("prefix", k, v)``.
     """
 
     def __init__(self, block: nn.Module, function: Callable[..., Any]) -> None:
         self.block, self.function = block, function
-        self.active: tuple[tuple[str, Part], ...] = ()
+        self.active: tuple[tuple[str, bool, Part], ...] = ()  # (branch or place, reads the norm's output?, part)
         block.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.block, self, *args, **kwargs)
 
-    def attn(self, x: Tensor, h: Tensor) -> Tensor:
-        """Add the attention branch's parts, computed from ``x``, to the residual sum ``h``."""
-        return self._add("attn", x, h)
+    def attn(self, x: Tensor, h: Tensor, read: Tensor) -> Tensor:
+        """Add the attention branch's parts, computed from ``x`` or ``read``, to the residual sum ``h``."""
+        return self._add("attn", x, h, read)
 
-    def mlp(self, x: Tensor, h: Tensor) -> Tensor:
-        """Add the MLP branch's parts, computed from ``x``, to the residual sum ``h``."""
-        return self._add("mlp", x, h)
+    def mlp(self, x: Tensor, h: Tensor, read: Tensor) -> Tensor:
+        """Add the MLP branch's parts, computed from ``x`` or ``read``, to the residual sum ``h``."""
+        return self._add("mlp", x, h, read)
 
-    def _add(self, branch: str, x: Tensor, h: Tensor) -> Tensor:
-        for name, part in self.active:
+    def _add(self, branch: str, x: Tensor, h: Tensor, read: Tensor) -> Tensor:
+        for name, normed, part in self.active:
             if name == branch:
-                h = h + bordered(part, x)
+                h = h + bordered(part, read if normed else x)
         return h
+
+    def has(self, place: str) -> bool:
+        """Whether a part acts at ``place``."""
+        return any(name == place for name, _, _ in self.active)
+
+    def through(self, place: str, *values: Tensor) -> tuple[Tensor, ...]:
+        """``values`` after the parts at ``place``; parts get and give as many tensors as there are."""
+        for name, _, part in self.active:
+            if name == place:
+                dtype = values[0].dtype
+                if dtype is not part.compute and not torch.is_autocast_enabled(values[0].device.type):
+                    values = tuple(v.to(part.compute) for v in values)
+                values = tuple(v.to(dtype) for v in part(*values))
+        return values
 
 
 class Reweigh:
@@ -255,7 +282,8 @@ class Trained(Part):
     ) -> None:
         super().__init__()
         for name in names:
-            base = getattr(module, name)
+            base = module._parameters.get(name)  # not what an active shadow shows in its place
+            base = getattr(module, name) if base is None else base
             dtype = base.dtype if direct else torch.promote_types(base.dtype, torch.float32)
             with torch.no_grad():
                 copy = base.detach().to(device=device or base.device, dtype=dtype, copy=True)

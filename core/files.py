@@ -100,7 +100,7 @@ def save(
     """
     adapters = adapters_of(model)
     adapter = adapters[only_name(adapters, name)]
-    tensors = {k: _whole(v).contiguous() for k, v in adapter.state_dict().items()}
+    tensors = {k: v.contiguous() for k, v in adapter.stored(_whole).items()}
     entry = methods().get(adapter.method.name)
     origin = entry[1].distribution if entry else "unknown"
     config = {
@@ -178,18 +178,39 @@ def load(
             f"{type(model).__module__}.{type(model).__qualname__}: {error}"
         ) from error
     adapter = Adapter(chosen, method, [e for e in adapter.edits if e.key in set(config["parts"])])
-    for key, part in adapter.parts():
-        part.adopt({n.removeprefix(f"{key}."): t for n, t in tensors.items() if n.startswith(f"{key}.")})
+    tensors = _restored(adapter, tensors)
+    try:
+        adapter.adopt(tensors)
+    except FileFormatError as error:
+        if fingerprint(model, anatomy or described(model))["shapes"] == saved["fingerprint"]["shapes"]:
+            raise
+        raise BackboneMismatchError(
+            f"The adapter in {path} was trained on {saved['class']} ({saved['family']}) and does not fit this "
+            f"{type(model).__module__}.{type(model).__qualname__}: {error}"
+        ) from error
     _check_shapes(path, adapter, tensors, model, saved)
     if check != "none":
         _check_backbone(path, model, anatomy, saved["fingerprint"], saved["class"], check)
     first = next(model.parameters(), None)
     device = first.device if first is not None else torch.device("cpu")
+    for edit in adapter.edits:
+        for n in edit.part._parameters if edit.kind == "shadow" else ():  # the model reads them in its own dtype
+            key, base = f"{edit.key}.{n}", model.get_submodule(edit.path)._parameters.get(n)
+            tensors[key] = tensors[key] if base is None else tensors[key].to(base.dtype)
     adapter.load_state_dict({k: v.to(device, copy=True) for k, v in tensors.items()}, assign=True)
     adapter._apply(lambda t: t)  # type: ignore[no-untyped-call]  # parts note the dtype of what was loaded
     install(model, adapter, anatomy)
     adapter.requires_grad_(trainable)
     return model
+
+
+def _restored(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict behind the tensors of a file."""
+    state = dict(tensors)
+    for key, part in adapter.parts():
+        own = {n.removeprefix(f"{key}."): state.pop(n) for n in list(state) if n.startswith(f"{key}.")}
+        state |= {f"{key}.{n}": t for n, t in part.restore(own).items()}
+    return state
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

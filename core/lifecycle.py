@@ -17,7 +17,7 @@ verb                    becomes active              ``requires_grad``      froze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from peft_suite.adapter import Adapter, Adapters, adapters_of, check_name, pick
 from peft_suite.anatomy import Anatomy, anatomy_of
-from peft_suite.edits import Part
+from peft_suite.edits import BatchStatistics, Part
 from peft_suite.errors import AdapterError, AdapterNameError, UnsupportedError
 from peft_suite.merging import folds
 from peft_suite.method import Editor, Method, MethodSpec, make_method
@@ -51,7 +51,10 @@ def plan(model: nn.Module, method: MethodSpec, *, anatomy: Anatomy | None = None
     )
     base = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("adapters."))
     replaced = sum(e.part.replaces for e in adapter.edits)
-    return Plan(built.name, str(built.config), rows, base - replaced, _bytes(adapter), built.capabilities.mergeable)
+    mergeable = built.capabilities.mergeable and all(row.mergeable for row in rows)
+    pending = built.pending
+    size = _bytes(adapter) + 4 * pending
+    return Plan(built.name, str(built.config), rows, base - replaced, size, mergeable, pending)
 
 
 def adapt(
@@ -138,6 +141,36 @@ def install(model: nn.Module, adapter: Adapter, anatomy: Anatomy | None = None) 
     adapters.switch((adapter.name,))
 
 
+def rebuild(model: nn.Module, name: str, method: Method[Any], tensors: Mapping[str, Tensor] | None = None) -> Adapter:
+    """Build an adapter again with what its method has learned; tensors that still have a place keep their values.
+
+    Args:
+        tensors: the state dict of an adapter that was built so before, to start from instead.
+    """
+    adapters = adapters_of(model)
+    old, active = adapters[name], adapters.active
+    adapters.switch(())  # the editor reads the frozen model
+    first = next((p for n, p in model.named_parameters() if not n.startswith("adapters.")), None)
+    moving = any(isinstance(part, BatchStatistics) for _, part in old.parts())
+    device = first.device if first is not None else torch.device("cpu")
+    try:
+        where = device if tensors is None else torch.device("meta")
+        new = _build(name, model, method, adapters.anatomy, where, "train" if moving else "frozen")
+    finally:
+        adapters.switch(active)
+    if tensors is None:
+        own = new.state_dict()
+        kept = {n: t for n, t in old.state_dict().items() if n in own and own[n].shape == t.shape}
+        new.load_state_dict(kept, strict=False)
+    else:
+        new.adopt(tensors)
+        new.load_state_dict({n: t.to(device, copy=True) for n, t in tensors.items()}, assign=True)
+    new.requires_grad_(any(p.requires_grad for p in old.parameters()))
+    new.train(old.training)
+    adapters.replace(model, new)
+    return new
+
+
 def summary(model: nn.Module) -> Summary:
     """Parameters trained, in total, and in the file, per adapter and part.
 
@@ -216,20 +249,27 @@ def remove(model: nn.Module, *names: str) -> nn.Module:
 def events(model: nn.Module) -> Events:
     """The events of all active adapters as one object: ``e = events(model)``, then one line each in any loop."""
     adapters = adapters_of(model)
-    return Events([adapters[name] for name in adapters.active])
+    return Events(model, adapters.active)
 
 
 class Events:
     """What :func:`events` returns: each call goes to every adapter."""
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self.adapters = adapters
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model, self.names = model, names
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The adapters, as they are now."""
+        return [adapters_of(self.model)[name] for name in self.names]
 
     def calibrate(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
-        """Run before training, for adapters whose method declares ``needs_calibration``."""
+        """Run before training and before the optimizer is built, for methods that declare ``needs_calibration``."""
         for adapter in self.adapters:
             if adapter.method.capabilities.needs_calibration:
-                adapter.calibrate(batches, loss)
+                learned = adapter.calibrate(batches, loss)
+                if learned is not None:
+                    rebuild(self.model, adapter.name, learned)
 
     def penalty(self) -> Tensor | None:
         """Sum of the adapters' loss terms; None when there is none."""
@@ -290,4 +330,4 @@ def _shape(part: Part) -> str:
 
 
 def _bytes(adapter: Adapter) -> int:
-    return sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
+    return sum(t.numel() * t.element_size() for t in adapter.stored().values())

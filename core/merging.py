@@ -61,30 +61,33 @@ def merge(model: nn.Module, *, partial: bool = False) -> nn.Module:
 
 
 def _foldable(model: nn.Module, adapters: Adapters) -> tuple[list[Edit], list[Edit]]:
-    """Split the active edits into (cannot fold, can fold), in folding order: weight, after; then activation.
+    """Split the active edits into (cannot fold, can fold), in folding order: weight, after, before.
 
-    What acts on a weight or an output after an edit that stays cannot fold either.
+    Within a kind the order is that of activation, for ``before`` its reverse: an input edit folds into the weight that
+    everything else has made. What acts on a weight or an output after an edit that stays cannot fold either.
     """
     stuck: list[Edit] = []
     folded: list[Edit] = []
     blocked: set[str] = set()
     ordered = [e for n in adapters.active for e in adapters[n].edits]
-    for edit in sorted(ordered, key=lambda e: _ORDER[e.kind]):  # stable: activation order within a kind
+    inputs = [e for e in reversed(ordered) if e.kind == "before"]
+    others = sorted((e for e in ordered if e.kind != "before"), key=lambda e: _ORDER[e.kind])  # stable
+    for edit in [*others, *inputs]:
         if edit.path in blocked or not folds(model, edit):
             stuck.append(edit)
-            if edit.kind not in ("before", "branch"):
+            if edit.kind not in ("branch", "inside"):
                 blocked.add(edit.path)
         else:
             folded.append(edit)
     return stuck, folded
 
 
-_ORDER = {"before": 0, "branch": 0, "reweigh": 1, "select": 1, "shadow": 1, "after": 2, "beside": 2}
+_ORDER = {"branch": 0, "inside": 0, "reweigh": 1, "select": 1, "shadow": 1, "after": 2, "beside": 2}
 
 
 def folds(model: nn.Module, edit: Edit) -> bool:
     """Whether an edit can be folded into the weights of its module."""
-    if edit.kind in ("before", "branch") or not edit.part.foldable:
+    if edit.kind in ("branch", "inside") or not edit.part.foldable:
         return False
     if edit.kind == "shadow" or isinstance(edit.part, BatchStatistics):
         return True

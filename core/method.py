@@ -77,8 +77,19 @@ class Method(Generic[C]):
         """Record the edits. Raise UnsupportedError, in one sentence, for what the backbone lacks."""
         raise NotImplementedError(f"{type(self).__name__} does not define build()")
 
-    def calibrate(self, adapter: Adapter, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
-        """Gather statistics before training. ``loss(batch)`` runs the model; batches are streamed."""
+    @property
+    def pending(self) -> int:
+        """Values that ``calibrate`` has yet to place, for plans."""
+        return 0
+
+    def calibrate(self, adapter: Adapter, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Method[Any] | None:
+        """Gather statistics before training. ``loss(batch)`` runs the model; batches are streamed.
+
+        Returns:
+            None, or, where the edits follow from what was seen, the method whose configuration records it: the adapter
+            is built again with it, and files bring it along. Call it through ``events(model).calibrate``.
+        """
+        return None
 
     def penalty(self, adapter: Adapter) -> Tensor | None:
         """A term added to the loss."""
@@ -133,6 +144,7 @@ class Editor:
         self.model, self.anatomy, self.device = model, anatomy, device
         self.edits: list[Edit] = []
         self._owned: dict[str, list[str]] = {}
+        self._left: set[str] = set()
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
 
     def module(self, path: str) -> nn.Module:
@@ -153,15 +165,29 @@ class Editor:
         """``y = part(y, x)`` from the module's output and input streams."""
         self._record(Edit("beside", point.path, _key(point.path, label), part, point.argument, point.output))
 
-    def branch(self, block: Block, branch: str, part: Part, label: str) -> None:
-        """``h = x + sublayer(norm(x)) + part(x)`` for the residual branch "attn" or "mlp" of a block."""
+    def branch(self, block: Block, branch: str, part: Part, label: str, *, normed: bool = False) -> None:
+        """``h = x + sublayer(norm(x)) + part(x)`` for the residual branch "attn" or "mlp" of a block.
+
+        ``normed``: the part reads what the sub-layer reads, ``part(norm(x))``.
+        """
         module = self.module(block.point.path)
         if branch not in block.branches or type(module).forward not in self.anatomy.block_forwards:
             raise UnsupportedError(
                 f"{self.anatomy.family} does not give access to the residual stream of the {branch!r} branch "
                 f"of {block.point.path} ({type(module).__name__})."
             )
-        self._record(Edit("branch", block.point.path, _key(block.point.path, label), part, branch=branch))
+        self._record(
+            Edit("branch", block.point.path, _key(block.point.path, label), part, branch=branch, normed=normed)
+        )
+
+    def inside(self, point: Point, place: str, part: Part, label: str) -> None:
+        """``values = part(*values)`` at a named place inside the module's forward; see ``Anatomy.places``."""
+        module = self.module(point.path)
+        if place not in self.anatomy.places.get(type(module).forward, ()):
+            raise UnsupportedError(
+                f"{self.anatomy.family} gives no access to the {place!r} of {point.path} ({type(module).__name__})."
+            )
+        self._record(Edit("inside", point.path, _key(point.path, label), part, branch=place))
 
     def reweigh(self, weight: Weight, part: Part, label: str) -> None:
         """``weight, bias = part(weight, bias)`` for a module."""
@@ -203,8 +229,13 @@ class Editor:
         return part
 
     def own(self, parameters: Iterable[str]) -> None:
-        """Train copies of base parameters, by full names; they start at the base values and travel in the file."""
+        """Train copies of base parameters, by full names; they start at the base values and travel in the file.
+
+        Parameters that the anatomy calls idle are left out: nothing would ever reach them.
+        """
         for full in parameters:
+            if full in self.anatomy.idle or full in self._left:
+                continue
             path, _, name = full.rpartition(".")
             if getattr(self.module(path), name, None) is None:
                 raise UnsupportedError(f"{self.anatomy.family} names the parameter {full!r}, which this model lacks.")
@@ -212,10 +243,15 @@ class Editor:
             if name not in names:
                 names.append(name)
 
+    def leave(self, parameters: Iterable[str]) -> None:
+        """Train no copies of these, not even of fresh ones: the method brings its own values for them."""
+        self._left |= set(parameters)
+
     def own_statistics(self) -> None:
         """Let batch-norm statistics move with training, in buffers of the adapter."""
         for path, module in self._modules.items():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            foreign = path.startswith("adapters.")
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and not foreign:
                 part = BatchStatistics(module, self.device)
                 self._record(Edit("reweigh", path, _key(path, "statistics"), part))
 
@@ -223,7 +259,8 @@ class Editor:
         """All edits; owned parameters become one part per module."""
         for path, names in self._owned.items():
             module = self.module(path)
-            known = functional_of(module, self.anatomy.functionals) is not None
+            called = path not in self.anatomy.read_directly
+            known = called and functional_of(module, self.anatomy.functionals) is not None
             plain = tuple(n for n in names if known and n in ("weight", "bias"))
             direct = tuple(n for n in names if n not in plain)
             if plain:
@@ -237,6 +274,11 @@ class Editor:
 
     def _record(self, edit: Edit) -> None:
         self.module(edit.path)
+        if edit.kind != "shadow" and edit.path in self.anatomy.read_directly:
+            raise UnsupportedError(
+                f"Nothing can be attached to {edit.path}: this {self.anatomy.family} model reads its weight without "
+                "calling it. Choose other targets, or another method."
+            )
         if any(e.key == edit.key for e in self.edits):
             raise UnsupportedError(f"Two edits of one adapter have the key {edit.key!r}; give them different labels.")
         self.edits.append(edit)

@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft_suite.errors import MissingExtraError, PluginError, UnknownNameError
@@ -24,6 +24,7 @@ __all__ = [
     "FoundPlugin",
     "MethodEntry",
     "Plugin",
+    "TaskEntry",
     "VerbEntry",
     "families",
     "find_method",
@@ -96,6 +97,22 @@ class VerbEntry:
 
 
 @dataclass(frozen=True)
+class TaskEntry:
+    """Another task than the plugin's usual one, for example segmentation beside classification.
+
+    Attributes:
+        name: value of the field ``task`` of a run.
+        summary: one line.
+        backbones, data: as in :class:`Plugin`; the data's splits carry the task object (``DataSplits.task``).
+    """
+
+    name: str
+    summary: str
+    backbones: str
+    data: str
+
+
+@dataclass(frozen=True)
 class Plugin:
     """Everything that a package adds to the suite.
 
@@ -107,6 +124,8 @@ class Plugin:
         methods, anatomies, datasets, verbs: see the entry classes.
         backbones: ``"module:object"`` with the interface of :class:`peft_suite.train.Backbones`.
         data: ``"module:object"`` with the interface of :class:`peft_suite.train.DataSource`.
+        tasks: other tasks with backbones and data of their own.
+        recipes: ``"module:object"``, a :class:`peft_suite.train.suites.Book` of suites and recipes.
         demo: ``"module:function"`` behind ``peft-suite demo NAME``.
         example: ``(backbone, data)`` that work without a download; they stand in the examples of ``--help``.
     """
@@ -121,8 +140,23 @@ class Plugin:
     verbs: tuple[VerbEntry, ...] = ()
     backbones: str = ""
     data: str = ""
+    tasks: tuple[TaskEntry, ...] = ()
+    recipes: str = ""
     demo: str = ""
     example: tuple[str, str] = ("", "")
+
+    def for_task(self, task: str) -> Plugin:
+        """The plugin with the backbones and data of a task; itself for "".
+
+        Raises:
+            UnknownNameError: it declares no such task.
+        """
+        if not task:
+            return self
+        for entry in self.tasks:
+            if entry.name == task:
+                return replace(self, backbones=entry.backbones, data=entry.data)
+        raise UnknownNameError("task", task, [t.name for t in self.tasks], "Leave it empty for the usual task.")
 
     def missing(self) -> list[str]:
         """Import names of ``requires`` that are not installed; nothing is imported."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from peft_suite.edits import Part
-from peft_suite.errors import FileFormatError, KernelArgumentError
-from peft_suite.kernels.api.sparse import check_index, sparse_delta, sparse_delta_conv, sparse_delta_linear
+from peft_suite.errors import FileFormatError, KernelArgumentError, UnsupportedError
+from peft_suite.kernels.api.sparse import check_index, sddmm, sparse_delta, sparse_delta_conv, sparse_delta_linear
 
 __all__ = ["Select"]
 
@@ -24,7 +24,8 @@ class Select(Part):
     For each parameter ``weight`` or ``bias`` the part holds ``<name>_values`` (E,), float32, starting at 0, and the
     buffer ``<name>_index`` (E,), sorted, int32 where the tensor has fewer than 2³¹ elements: 8 bytes an entry in the
     file. Entries that were not chosen keep their bits: no gradient, no moment, no weight decay reaches them. Linear and
-    convolution layers build W + ΔW for the length of one product and again in backward; nothing dense is kept.
+    convolution layers build W + ΔW for the length of one product and again in backward; nothing dense is kept. Linear
+    layers whose chosen entries lie in at most half of the columns keep those columns of the input only (not compiled).
     """
 
     foldable = True
@@ -33,6 +34,7 @@ class Select(Part):
         super().__init__()
         self.layer = _layer(module)
         self.sizes: dict[str, int] = {}
+        self.columns: tuple[Tensor, int, Tensor | None, Tensor | None] | None = None  # see _narrowed
         for name, index in positions.items():
             base = cast(Tensor, getattr(module, name))
             self.sizes[name] = base.numel()
@@ -104,7 +106,26 @@ class Select(Part):
         values, index = self._parameters["weight_values"], self._buffers["weight_index"]
         if bias is not None and not torch.is_autocast_enabled(x.device.type):
             bias = bias.to(x.dtype)
-        return self.layer(x, weight, cast(Tensor, values), cast(Tensor, index), bias)
+        assert values is not None and index is not None
+        if self.layer is sparse_delta_linear and torch.is_grad_enabled() and values.requires_grad:
+            columns, narrow = self._narrowed(index, weight.shape[1])
+            if columns is not None and narrow is not None:
+                y = self.layer(x, weight, values.detach(), index, bias)
+                return cast(Tensor, _ValueGradient.apply(y, values, x.detach().index_select(-1, columns), narrow))  # type: ignore[no-untyped-call]
+        return self.layer(x, weight, values, index, bias)
+
+    def _narrowed(self, index: Tensor, width: int) -> tuple[Tensor | None, Tensor | None]:
+        """(columns with chosen entries, positions in the matrix of these columns), or Nones where it does not pay."""
+        if torch.compiler.is_compiling() or index.is_meta:
+            return None, None
+        known = self.columns
+        if known is not None and known[0] is index and known[1] == index._version:
+            return known[2:]
+        columns, place = torch.unique(index % width, return_inverse=True)
+        pays = 0 < 2 * columns.numel() <= width
+        narrow = (index.long() // width * columns.numel() + place).to(index.dtype) if pays else None
+        self.columns = (index, index._version, columns if pays else None, narrow)
+        return self.columns[2:]
 
     def _changed(self, name: str, base: Tensor | None) -> Tensor | None:
         values = self._parameters.get(f"{name}_values")
@@ -119,6 +140,30 @@ class Select(Part):
     def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Add the changes."""
         return cast("tuple[Tensor, Tensor | None]", self(weight, bias))
+
+
+class _ValueGradient(torch.autograd.Function):
+    """Passes a layer's output on and gives the values their gradient: chosen entries of ``grad^T x``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, values: Tensor, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, values, x, index = inputs
+        ctx.kind = values.dtype
+        ctx.save_for_backward(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, index = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise UnsupportedError("Chosen entries have first derivatives only (create_graph=True was asked for).")
+        found = sddmm(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]).to(grad.dtype), index)
+        return grad, found.to(ctx.kind), None, None
 
 
 def _narrow(index: Tensor, numel: int) -> Tensor:

@@ -22,7 +22,10 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``adapt`` would do. ``kept`` is the number of base parameters that stay in use beside the trained ones."""
+    """What ``adapt`` would do. ``kept`` is the number of base parameters that stay in use beside the trained ones.
+
+    ``pending`` values are placed by calibration, which no plan can foresee; they count as trained.
+    """
 
     method: str
     config: str
@@ -30,11 +33,12 @@ class Plan:
     kept: int
     adapter_bytes: int
     mergeable: bool
+    pending: int = 0
 
     @property
     def trainable(self) -> int:
         """Parameters that would be trained."""
-        return sum(row.parameters for row in self.rows)
+        return sum(row.parameters for row in self.rows) + self.pending
 
     @property
     def total(self) -> int:
@@ -50,6 +54,7 @@ class Plan:
             "total": self.total,
             "adapter_bytes": self.adapter_bytes,
             "mergeable": self.mergeable,
+            "pending": self.pending,
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -60,7 +65,8 @@ class Plan:
             for r in self.rows
         ]
         head = f"{self.config}: {_counts(self.trainable, self.total, self.adapter_bytes)}"
-        return f"{head}, {'mergeable' if self.mergeable else 'not mergeable'}\n{_columns(table)}"
+        later = f"\n{self.pending:,} of them are placed by calibration, at the points listed" if self.pending else ""
+        return f"{head}, {'mergeable' if self.mergeable else 'not mergeable'}{later}\n{_columns(table)}"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class Opened:
         return tuple(str(c) for c in self.metadata.get("classes") or ())
 
     @property
+    def task(self) -> str:
+        """The task it was trained for; "" for classification."""
+        return str(self.metadata.get("task") or "")
+
+    @property
     def multi_label(self) -> bool:
         """Several labels per sample?"""
         return bool(self.metadata.get("multi_label"))
@@ -69,6 +74,7 @@ def open_adapter(plugin: Plugin, path: Path, checkpoint: str = "") -> Opened:
             f"{path} was trained on the weights {source}, which are not there any more. "
             "Say where they are: --checkpoint FILE"
         )
+    plugin = plugin.for_task(str(metadata.get("task") or ""))
     backbones: Backbones = resolve(plugin.backbones, plugin)
     torch.manual_seed(0)  # a backbone without weights is the same one each time; training seeds it by its own seed
     model = backbones.build(

@@ -12,6 +12,7 @@ import yaml
 from peft_suite.config import parse_shorthand
 from peft_suite.errors import ConfigError, closest
 from peft_suite.train.config import BackboneConfig, Recipe, RunConfig
+from peft_suite.train.suites import merged
 
 __all__ = ["FLAGS", "assemble", "dump", "overrides", "read_yaml", "split_methods"]
 
@@ -31,11 +32,18 @@ FLAGS: Mapping[str, str] = {
     "seeds": "seeds",
     "out": "out",
     "device": "device",
+    "task": "data.task",
 }
 _SECTIONS = {"backbone": BackboneConfig, "recipe": Recipe}
 
 
-def assemble(plugin: str, file: Path | None, flags: Mapping[str, Any], words: Iterable[str]) -> RunConfig:
+def assemble(
+    plugin: str,
+    file: Path | None,
+    flags: Mapping[str, Any],
+    words: Iterable[str],
+    start: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """The configuration; every unknown or ill-typed field is an error that names it.
 
     Args:
@@ -43,11 +51,13 @@ def assemble(plugin: str, file: Path | None, flags: Mapping[str, Any], words: It
         file: YAML with the fields of :class:`RunConfig`.
         flags: values by flag name; None is "not given".
         words: ``dotted.field=value``, the value in YAML.
+        start: fields of a named recipe, which everything else overrides.
 
     Raises:
         ConfigError: with the closest valid names.
     """
-    values = read_yaml(file) if file else {}
+    given = read_yaml(file) if file else {}
+    values = merged({k: v for k, v in (start or {}).items() if k != "method" or k not in given}, given)
     named = values.setdefault("plugin", plugin)
     if named != plugin:
         raise ConfigError(f"{file} is for the plugin {named!r}. Run: peft-suite {named} train --config {file}")

@@ -52,10 +52,11 @@ def evaluate(
     from peft_suite.train import evaluate as measure
 
     opened = _open(plugin, adapter, checkpoint)
+    plugin = plugin.for_task(opened.task)
     source = resolve(plugin.data, plugin)
     splits = source.load(saved_data(opened, source, data, changes), opened.metadata["preprocessing"])
     name, dataset = pick_split(splits, split)
-    task = Classification(opened.classes, opened.multi_label)
+    task = splits.task or Classification(opened.classes, opened.multi_label)
     result = measure(
         opened.model,
         aligned(splits, dataset, opened),
@@ -95,6 +96,11 @@ def predict(
     from peft_suite.train import predict as infer
 
     opened = _open(plugin, adapter, checkpoint)
+    if opened.task:
+        raise ConfigError(
+            f"predict writes classes of files, and {adapter} was trained for {opened.task}. "
+            "Use it from Python: build the backbone as its config says, then peft_suite.load(model, path)."
+        )
     names, dataset = resolve(plugin.data, plugin).inputs(paths, opened.metadata["preprocessing"])
     logits = infer(opened.model, dataset, batch_size=batch_size, device=device, precision=precision)
     rows = _predictions(names, logits, opened, top)

@@ -18,6 +18,7 @@ from peft_suite.cli.console import note, on_interrupt, show_json, show_mapping, 
 from peft_suite.cli.listing import list_backbones, list_datasets, list_methods
 from peft_suite.cli.root import Json
 from peft_suite.cli.settings import assemble, dump, split_methods
+from peft_suite.cli.suite import list_recipes, plan_suite, recipe_fields
 from peft_suite.cli.use import evaluate, export, merge, predict
 from peft_suite.errors import ConfigError
 from peft_suite.plugins import Plugin, resolve
@@ -48,6 +49,8 @@ _Shots = Annotated[int | None, typer.Option(help="Training samples per class. Fi
 _SkipBad = Annotated[
     bool | None, typer.Option("--skip-bad", help="Leave unreadable files out, with a count. Field data.skip_bad.")
 ]
+_Recipe = Annotated[str | None, typer.Option("--recipe", help="Published settings; `recipes` lists them.")]
+_Task = Annotated[str | None, typer.Option("--task", help="Data set of a protocol, such as cifar. Field data.task.")]
 _Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16. Field recipe.precision.")]
 _EXAMPLES = {  # with the plugin's own backbone and data, so that they run as they stand
     "plan": "plan --backbone {backbone} --method 'lora(rank=4)'",
@@ -61,6 +64,7 @@ _EXAMPLES = {  # with the plugin's own backbone and data, so that they run as th
     "backbones": "backbones '*small*'",
     "datasets": "datasets --json",
 }
+_SUITE_EXAMPLES = {"recipes": "recipes --suite vtab"}
 
 
 def add_to(app: typer.Typer, plugin: Plugin) -> None:
@@ -77,7 +81,10 @@ def add_to(app: typer.Typer, plugin: Plugin) -> None:
         list_backbones,
         list_datasets,
     )
-    for (name, example), function in zip(_EXAMPLES.items(), functions, strict=True):
+    examples = _EXAMPLES
+    if plugin.recipes:
+        examples, functions = {**_EXAMPLES, **_SUITE_EXAMPLES}, (*functions, list_recipes)
+    for (name, example), function in zip(examples.items(), functions, strict=True):
         backbone, data = plugin.example[0] or "NAME", plugin.example[1] or "PATH"
         shown = example.format(backbone=backbone, data=data)
         app.command(name, epilog=f"Example: peft-suite {plugin.name} {shown}")(function)
@@ -114,6 +121,8 @@ def train(
     pretrained: _Pretrained = None,
     data: _Data = None,
     method: _Method = None,
+    recipe: _Recipe = None,
+    task: _Task = None,
     epochs: _Epochs = None,
     lr: _Lr = None,
     batch_size: _Batch = None,
@@ -151,7 +160,9 @@ def train(
     }
     if resume and config is None and out is not None and (out / "config.yaml").exists():
         config = out / "config.yaml"
-    chosen = _with_default_backbone(plugin, assemble(plugin.name, config, flags, words or ()))
+    start = recipe_fields(plugin, recipe, task)
+    flags["task"] = None if recipe else task  # a recipe's task is spelled out by its suite
+    chosen = _with_default_backbone(plugin, assemble(plugin.name, config, flags, words or (), start))
     _check(plugin, chosen)
     if dry_run:
         _show_plan(_make_plan(plugin, chosen, None).to_dict())
@@ -176,6 +187,11 @@ def bench(
     words: _Words = None,
     config: _Config = None,
     data: Annotated[list[str] | None, typer.Option(help="Task; may be given several times.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Run each method by its recipe; --data is the suite's root.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Only these tasks of the suite, separated by commas.")] = "",
+    available: Annotated[bool, typer.Option("--available", help="Leave out tasks of the suite without data.")] = False,
     backbone: _Backbone = None,
     checkpoint: _Checkpoint = None,
     pretrained: _Pretrained = None,
@@ -206,19 +222,36 @@ def bench(
         "skip_bad": skip_bad,
         "precision": precision,
     }
-    base = _with_default_backbone(plugin, assemble(plugin.name, config, flags, words or ()))
-    chosen = split_methods(methods)
-    roots = list(data or ()) or [str(base.data.get("root") or "")]
-    tasks = _tasks(roots)
-    for method in chosen:
-        for root in roots:
-            _check(plugin, base.replace(method=method, data={**base.data, "root": root}))
-    from peft_suite.report import write_comparison, write_report
-    from peft_suite.train import bench as grid
-
     again = "Finished runs are kept. Start the same command again to go on."
-    with on_interrupt(again):
-        rows = grid(base, chosen, tasks, list(range(base.seed, base.seed + seeds)), out, progress=not json)
+    chosen = split_methods(methods)
+    if suite:
+        if len(data or ()) > 1:
+            raise typer.BadParameter("A suite has one --data, the folder that holds its tasks.")
+        ready(plugin, "data")
+        jobs = plan_suite(
+            plugin,
+            suite,
+            chosen,
+            out,
+            config=config,
+            flags={**flags, "data": data[0] if data else None},
+            words=words or (),
+            seeds=seeds,
+            tasks=tasks,
+            available=available,
+        )
+        for job in jobs:
+            _check(plugin, _with_default_backbone(plugin, job.config))
+        from peft_suite.train.grid import run_jobs
+
+        with on_interrupt(again):
+            rows = run_jobs(jobs, out, progress=not json)
+    else:
+        if tasks or available:
+            raise typer.BadParameter("--tasks and --available belong to --suite.")
+        rows = _grid(plugin, assemble(plugin.name, config, flags, words or ()), chosen, data, seeds, out, again, json)
+    from peft_suite.report import write_comparison, write_report
+
     for row in rows:
         folder = Path(row["out"])
         if row["status"] == "finished" and not (folder / "report.html").exists():
@@ -233,6 +266,29 @@ def bench(
         raise typer.Exit(1)
 
 
+def _grid(
+    plugin: Plugin,
+    base: RunConfig,
+    chosen: Sequence[str],
+    data: Sequence[str] | None,
+    seeds: int,
+    out: Path,
+    again: str,
+    quiet: bool,
+) -> list[dict[str, Any]]:
+    """The grid of methods and data that the flags spell out."""
+    base = _with_default_backbone(plugin, base)
+    roots = list(data or ()) or [str(base.data.get("root") or "")]
+    tasks = _tasks(roots)
+    for method in chosen:
+        for root in roots:
+            _check(plugin, base.replace(method=method, data={**base.data, "root": root}))
+    from peft_suite.train import bench as grid
+
+    with on_interrupt(again):
+        return grid(base, chosen, tasks, list(range(base.seed, base.seed + seeds)), out, progress=not quiet)
+
+
 def show_comparison(out: Path) -> None:
     """The table of a grid, from the file that the comparison page wrote."""
     import json
@@ -245,10 +301,28 @@ def show_comparison(out: Path) -> None:
         score = f"{100 * row['mean']:.1f}{spread} %" if row["mean"] is not None else "failed"
         counts = {k: None if row[k] is None else round(row[k]) for k in ("trainable", "adapter_bytes")}
         rows.append({**row, **counts, "score": score, "share": share, "runs": len(row["seeds"])})
+    if "means" in record:
+        _show_means(record)
     columns = {"task": "task", "method": "method", "score": record["metric"], "runs": "runs", "trainable": "trainable"}
     show_table(rows, {**columns, "share": "of all", "seconds": "seconds", "adapter_bytes": "adapter bytes"})
     for failure in record["failures"]:
         note(f"Not finished: {failure['run']}: {failure['reason']}")
+
+
+def _show_means(record: Mapping[str, Any]) -> None:
+    """Means of a suite with the published ones in brackets."""
+    rows = []
+    for row in record["means"]:
+        cells = {}
+        for name, value in row["means"].items():
+            paper = row["published"].get(name)
+            mean = "" if value["mean"] is None else f"{100 * value['mean']:.1f}"
+            part = f" ({value['done']} of {value['of']})" if value["partial"] and mean else ""
+            cells[name] = f"{mean}{part}" + ("" if paper is None else f" [{paper:.1f}]")
+        rows.append({"method": row["label"], **cells})
+    names = list(record["means"][0]["means"]) if record["means"] else []
+    names = names if len(names) > 3 else ["mean of tasks"]  # of one group, all means are the same
+    show_table(rows, {"method": "method", **{n: n for n in names}}, "Means in %, published ones in brackets")
 
 
 def _default(plugin: Plugin) -> str:
@@ -270,6 +344,7 @@ def _check(plugin: Plugin, config: RunConfig) -> None:
     ready(plugin, "data")
     from peft_suite.method import make_method
 
+    plugin = plugin.for_task(config.task)
     make_method(config.method)
     if not config.data.get("root"):
         raise ConfigError(f"No data is given. Say --data PATH; list layouts with: peft-suite {plugin.name} datasets")
@@ -277,6 +352,7 @@ def _check(plugin: Plugin, config: RunConfig) -> None:
 
 
 def _make_plan(plugin: Plugin, config: RunConfig, classes: int | None) -> Any:
+    plugin = plugin.for_task(config.task)
     config = _with_default_backbone(plugin, config)
     import peft_suite as ps
 

@@ -74,12 +74,12 @@ class BottleneckConfig(MethodConfig):
 
 
 class BottleneckPart(Part):
-    """``Delta``: ``[..., d] -> [..., d]``; with ``residual`` the input is added."""
+    """``Delta``: ``[..., d] -> [..., d]``, for layout "first" ``[B, d, ...]``; with ``residual`` the input is added."""
 
-    def __init__(self, dim: int, config: BottleneckConfig, residual: bool) -> None:
+    def __init__(self, dim: int, config: BottleneckConfig, residual: bool, layout: str = "last") -> None:
         super().__init__()
         r = config.bottleneck
-        self.residual = residual
+        self.residual, self.first = residual, layout == "first"
         self.activation = _ACTIVATIONS[config.activation]
         self.down = nn.Linear(dim, r, bias=config.bias)
         self.up = nn.Linear(r, dim, bias=config.bias)
@@ -107,9 +107,11 @@ class BottleneckPart(Part):
             nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x: [..., d]``."""
-        h: Tensor = x if self.norm_in is None else self.norm_in(x)
-        h = self.activation(self.down(h))
+        """``x: [..., d]``, or ``[B, d, ...]``."""
+        h: Tensor = x.movedim(1, -1) if self.first else x
+        h = h if self.norm_in is None else self.norm_in(h)
+        # contiguous: torch multiplies transposed inputs in another order, depending on what trains
+        h = self.activation(self.down(h.contiguous()))
         if self.dropout is not None:
             h = self.dropout(h)
         h = self.up(h)
@@ -119,14 +121,15 @@ class BottleneckPart(Part):
             h = h * self.scale
         if self.norm_out is not None:
             h = self.norm_out(h)
+        h = h.movedim(-1, 1) if self.first else h
         return x + h if self.residual else h
 
 
-class _Parallel(BottleneckPart):
+class ParallelPart(BottleneckPart):
     """The parallel form at a module whose input is the source: ``y + Delta(x)``."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
-        """``y, x: [..., d]``: output and input of the sub-layer."""
+        """``y, x: [..., d]`` or ``[B, d, ...]``: output and input of the sub-layer."""
         return y + super().forward(x)
 
 
@@ -163,10 +166,10 @@ class Bottleneck(Method[BottleneckConfig]):
                         else {"attn": "attn_out", "mlp": "mlp"}[branch]
                     )
                     point = anatomy.need_point(block, role, "adapter")
-                    edit.after(point, BottleneckPart(point.width, config, residual=True), label)
+                    edit.after(point, BottleneckPart(point.width, config, True, point.layout), label)
                 elif config.source == "sublayer":
                     point = anatomy.need_point(block, branch, "adapter")
-                    edit.beside(point, _Parallel(point.width, config, residual=False), label)
+                    edit.beside(point, ParallelPart(point.width, config, False, point.layout), label)
                 else:
                     part = BottleneckPart(block.point.width, config, residual=False)
                     edit.branch(block, branch, part, label)

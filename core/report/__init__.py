@@ -35,9 +35,13 @@ def write_summary(out_dir: str | Path) -> Path:
 def write_comparison(out_dir: str | Path) -> Path:
     """Write ``comparison.html``, ``.json``, ``.csv`` and ``.png`` over all runs below ``out_dir``; failures are listed.
 
+    Where ``suite.json`` says that the runs are a suite, the page has its means and the published results.
+
     Raises:
         FileFormatError: there is no ``run.json`` below the folder.
     """
     from peft_suite.report.page import group_page
+    from peft_suite.report.suite import SUITE, suite_page
 
-    return group_page(Path(out_dir), "comparison")
+    out = Path(out_dir)
+    return suite_page(out) if (out / SUITE).exists() else group_page(out, "comparison")

@@ -28,7 +28,7 @@ from peft_suite.report.records import (
 )
 from peft_suite.storage import write_bytes
 
-__all__ = ["group_page", "run_page"]
+__all__ = ["data_uri", "facts", "group_page", "render", "rows_as_csv", "run_page"]
 
 EXAMPLES = 24
 _NONE = "\N{EN DASH}"
@@ -60,27 +60,27 @@ def run_page(run_dir: Path) -> Path:
     classes = [str(c) for c in section(data, "data").get("classes") or ()]
     matrix = _matrix(data.get("confusion"))
     right, wrong = _examples(run)
-    html = _render(
+    html = render(
         "run.html",
         title=f"{run.method} on {run.task}",
         run=run,
         data=data,
         cards=_cards(run),
         metrics=_metric_table(data),
-        task=_facts(_task_facts(run, classes)),
-        info=_facts(section(section(data, "data"), "info")),
+        task=facts(_task_facts(run, classes)),
+        info=facts(section(section(data, "data"), "info")),
         method=_method_facts(section(data, "method").get("config")),
         plan=_plan(section(section(data, "method"), "plan")),
-        parameters=_facts({k: v for k, v in section(data, "parameters").items() if not isinstance(v, list | Mapping)}),
-        curves=_uri(curves),
-        confusion=_uri(plots.confusion(matrix, classes)) if matrix else "",
+        parameters=facts({k: v for k, v in section(data, "parameters").items() if not isinstance(v, list | Mapping)}),
+        curves=data_uri(curves),
+        confusion=data_uri(plots.confusion(matrix, classes)) if matrix else "",
         confused=_confused(matrix, classes),
         per_class=_per_class(section(data, "final").get("per_class"), classes, matrix),
         right=right,
         wrong=wrong,
-        costs=_facts({**section(data, "time"), **section(data, "memory")}),
+        costs=facts({**section(data, "time"), **section(data, "memory")}),
         config=json.dumps(data.get("config") or {}, indent=2, ensure_ascii=False),
-        versions=_facts({**section(data, "versions"), **section(data, "platform")}),
+        versions=facts({**section(data, "versions"), **section(data, "platform")}),
         commands=_commands(run),
     )
     return write_bytes(run.path / "report.html", html.encode())
@@ -104,7 +104,7 @@ def group_page(root: Path, kind: str) -> Path:
     picture = plots.tradeoffs(rows, metric) if len(groups) > 1 and any(r["mean"] is not None for r in rows) else None
     known = [r["mean"] for r in rows if r["mean"] is not None]
     seeds = sorted({r.seed for r in runs})
-    html = _render(
+    html = render(
         "group.html",
         title="Comparison of methods"
         if kind == "comparison"
@@ -117,16 +117,16 @@ def group_page(root: Path, kind: str) -> Path:
         seeds=seeds,
         finished=sum(r.finished for r in runs),
         total=len(runs) + len(broken),
-        picture=_uri(picture),
+        picture=data_uri(picture),
         runs=[_run_row(r, root, metric) for r in runs],
         failures=failures,
-        versions=_facts({**section(runs[0].data, "versions"), **section(runs[0].data, "platform")} if runs else {}),
+        versions=facts({**section(runs[0].data, "versions"), **section(runs[0].data, "platform")} if runs else {}),
     )
     stem = root / kind
     record = {"format": 1, "metric": metric, "rows": rows, "failures": [{"run": a, "reason": b} for a, b in failures]}
     write_bytes(stem.with_suffix(".json"), json.dumps(record, indent=2).encode())
     if kind == "comparison":
-        write_bytes(stem.with_suffix(".csv"), _csv(rows))
+        write_bytes(stem.with_suffix(".csv"), rows_as_csv(rows))
         if picture:
             write_bytes(stem.with_suffix(".png"), picture)
     return write_bytes(stem.with_suffix(".html"), html.encode())
@@ -142,7 +142,8 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A template of this package with its values, escaped."""
     return _environment().get_template(template).render(**values)
 
 
@@ -188,7 +189,8 @@ def _mib(value: Any) -> str:
     return _NONE if known is None else (f"{known:,.0f} MiB" if known >= 10 else f"{known:.1f} MiB")
 
 
-def _uri(png: bytes | None) -> str:
+def data_uri(png: bytes | None) -> str:
+    """A picture as part of a page; "" for none."""
     return "data:image/png;base64," + base64.b64encode(png).decode() if png else ""
 
 
@@ -240,10 +242,11 @@ def _task_facts(run: Run, classes: Sequence[str]) -> dict[str, Any]:
 def _method_facts(config: Any) -> list[tuple[str, str]]:
     if isinstance(config, list):  # several adapters trained together
         return [fact for one in config for fact in _method_facts(one)]
-    return _facts(config) if isinstance(config, Mapping) else []
+    return facts(config) if isinstance(config, Mapping) else []
 
 
-def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as a person reads them; what is empty is left out."""
     return [(_key(str(k)), _text(str(k), v)) for k, v in values.items() if v is not None and v != ""]
 
 
@@ -275,14 +278,14 @@ def _text(key: str, value: Any) -> str:
 
 def _plan(plan: Mapping[str, Any]) -> dict[str, Any]:
     """A plan's single values, and its first list of records as a table."""
-    facts = {k: v for k, v in plan.items() if not isinstance(v, list | Mapping)}
+    single = {k: v for k, v in plan.items() if not isinstance(v, list | Mapping)}
     for records in plan.values():
         if isinstance(records, list) and records and all(isinstance(r, Mapping) for r in records):
             columns = list(dict.fromkeys(str(k) for r in records for k in r))
             rows = [[_text(c, r.get(c)) if r.get(c) is not None else "" for c in columns] for r in records]
             numeric = [all(number(r.get(c)) is not None or r.get(c) is None for r in records) for c in columns]
-            return {"facts": _facts(facts), "columns": columns, "rows": rows, "numeric": numeric}
-    return {"facts": _facts(facts), "columns": [], "rows": [], "numeric": []}
+            return {"facts": facts(single), "columns": columns, "rows": rows, "numeric": numeric}
+    return {"facts": facts(single), "columns": [], "rows": [], "numeric": []}
 
 
 def _matrix(value: Any) -> list[list[float]]:
@@ -417,7 +420,8 @@ def _run_row(run: Run, root: Path, metric: str) -> dict[str, Any]:
     }
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows of a comparison as CSV."""
     stream = io.StringIO()
     writer = csv.writer(stream)
     writer.writerow(_COLUMNS)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import peft_suite as ps
 from peft_suite.anatomy import Anatomy, anatomy_of
 from peft_suite.edits import Edit
 from peft_suite.lifecycle import prepare
+from peft_suite.merging import folds
 from peft_suite.method import Capabilities, make_method
 from peft_suite.plugins import resolve
 
@@ -56,8 +58,11 @@ class Case:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the method declares with this configuration."""
-        return make_method(self.method).capabilities
+        """What the method declares, without merging where the backbone has a site that no weight can take in."""
+        declared = make_method(self.method).capabilities
+        if declared.mergeable and not all(folds(_built(self.example, 0)[0], e) for e in self.edits()):
+            return replace(declared, mergeable=False)
+        return declared
 
     def backbone(self, seed: int = 0) -> tuple[nn.Module, Any]:
         """A frozen model in eval mode and a batch; the seed decides the weights, the batch is always the same."""
@@ -91,7 +96,10 @@ class Case:
         with seeded(seed):
             ps.adapt(model, self.method, name=name)
             if self.capabilities.needs_calibration:
-                batch = self.backbone()[1]
+                kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+                batch = pytree.tree_map_only(
+                    Tensor, lambda t: t.to(kind) if t.is_floating_point() else t, self.backbone()[1]
+                )
                 ps.events(model).calibrate([batch], lambda b: loss(call(model, b)))
             if not fresh:
                 randomise(adapter(model, name))
@@ -101,6 +109,17 @@ class Case:
         """A new adapted backbone and a batch."""
         model, batch = self.backbone()
         return self.adapt(model, name, seed=seed, fresh=fresh), batch
+
+    def copy_adapter(self, source: nn.Module, name: str, model: nn.Module) -> None:
+        """Give ``model`` the values of an adapter, which it has already unless calibration would choose otherwise."""
+        if self.capabilities.needs_calibration:
+            if "adapters" in model._modules and name in model.adapters:  # type: ignore[operator]
+                ps.remove(model, name)
+            with tempfile.TemporaryDirectory() as folder:
+                ps.save(source, folder, name)
+                ps.load(model, folder, trainable=True, check="none")
+        else:
+            adapter(model, name).load_state_dict(adapter(source, name).state_dict())
 
     def bare(self, attempt: Callable[[nn.Module, Any], Any], once: str = "") -> None:
         """Try something on the plain backbone first: what that cannot do, nobody asks of an adapted one.

@@ -148,7 +148,7 @@ def check_half_precision(case: Case) -> None:
             model.to(dtype)
             kinds = [t.dtype for t in attempt(model, batch)]
             case.adapt(model)
-            adapter(model).load_state_dict(adapter(whole).state_dict())
+            case.copy_adapter(whole, "default", model)
             # a shadow hides a tensor from code that expects the backbone's dtype
             own = {p.dtype for e in adapter(model).edits if e.kind != "shadow" for p in e.part.parameters()}
             assert own <= {torch.float32}, f"adapter parameters on a {dtype} backbone are {own}"

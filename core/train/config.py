@@ -81,7 +81,8 @@ class RunConfig(Config):
     """One training run, complete enough to repeat it.
 
     ``method`` is a mapping ``{"name": ..., field: value}``, a shorthand string such as ``"vpt(num_tokens=50)"``;
-    ``data`` is a mapping of the plugin's own data configuration.
+    ``data`` is a mapping of the plugin's own data configuration. ``task`` is one of the plugin's further tasks, ""
+    its usual one.
 
     With ``resample`` each seed draws its own validation split and few-shot sample (``data.split_seed`` follows
     ``seed``); without it all seeds see the same samples.
@@ -92,6 +93,7 @@ class RunConfig(Config):
     data: Mapping[str, Any] = field(default_factory=dict)
     method: Mapping[str, Any] | str = "linear"
     recipe: Recipe = field(default_factory=Recipe)
+    task: str = ""
     seed: int = 0
     seeds: int = 1
     resample: bool = False

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
+    from peft_suite.train.task import Task
+
 __all__ = ["Backbones", "BackboneInfo", "DataConfig", "DataSource", "DataSplits"]
 
 
@@ -92,6 +94,8 @@ class DataSplits:
         fingerprint: hash of the file list, labels and sizes, for ``run.json``.
         info: JSON-ready facts for the report (counts per class and split, skipped files, preprocessing).
         thumbnail: ``thumbnail(dataset, index) -> PNG bytes`` of the sample as a person would look at it.
+        task: what is learnt, where it is not classification: a :class:`peft_suite.train.Task`.
+        picture: ``picture(dataset, index, map) -> PNG bytes`` of a sample beside what the model drew for it.
         sample_name: ``sample_name(dataset, index) -> str``, a file name or id.
     """
 
@@ -104,6 +108,8 @@ class DataSplits:
     info: dict[str, Any] = field(default_factory=dict)
     thumbnail: Callable[[Any, int], bytes] | None = None
     sample_name: Callable[[Any, int], str] | None = None
+    task: Task | None = None
+    picture: Callable[[Any, int, Tensor], bytes] | None = None
 
 
 class DataSource(Protocol):

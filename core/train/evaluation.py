@@ -40,6 +40,7 @@ def evaluate(
         device=target_device,
         workers=workers,
         precision=precision,
+        reduce=getattr(task, "reduce", None),
     )
     assert target is not None
     task.check(target, "evaluation")
@@ -89,11 +90,12 @@ def collect(
     world: int = 1,
     gather: Callable[[Tensor], Tensor] | None = None,
     stop: Callable[[], None] = lambda: None,
+    reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs and targets of the whole data set, in its order, on the CPU.
 
     Process ``rank`` runs samples ``rank, rank + world, ...``; ``gather`` joins equal-sized parts. ``stop`` is called
-    between batches and may raise.
+    between batches and may raise. ``reduce`` shrinks outputs and targets of every batch to what is kept.
     """
     size = len(dataset)  # type: ignore[arg-type]
     if not size:
@@ -107,6 +109,9 @@ def collect(
             inputs, target = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
             with autocast(device, precision):
                 output = forward(model, to_device(inputs, device))
+            if reduce is not None and target is not None:
+                output, target = reduce(output.float(), target.to(output.device))
+                target = target.cpu()
             outputs.append(output.float().cpu())
             if target is not None:
                 targets.append(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ from peft_suite.train.config import RunConfig
 from peft_suite.train.record import RunResult, read_run
 from peft_suite.train.running import failed_record, is_main, run_once, write_page
 
-__all__ = ["bench"]
+__all__ = ["Job", "bench", "job_folder", "run_jobs"]
 
 _TASK_KEYS = ("name", "data", "backbone", "recipe")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of a grid. ``task`` and ``method`` are labels; ``config`` says what runs."""
+
+    task: str
+    method: str
+    seed: int
+    config: RunConfig
 
 
 def bench(
@@ -47,26 +58,36 @@ def bench(
         raise ConfigError("bench needs at least one method, one task and one seed.")
     own = recipes or {}
     jobs = [
-        (
+        Job(
             str(task.get("name") or f"task-{number}"),
             method,
-            _config(base, task, method, seed, own.get(method, {})),
             seed,
+            _config(base, task, method, seed, own.get(method, {})),
         )
         for number, task in enumerate(tasks)
         for method in methods
         for seed in seeds
     ]
+    return run_jobs(jobs, out, progress=progress)
+
+
+def job_folder(job: Job) -> Path:
+    """Where a job's run lies, relative to the grid's folder."""
+    return Path(_slug(job.task)) / _slug(job.method) / f"seed-{job.seed}"
+
+
+def run_jobs(jobs: Sequence[Job], out: str | Path, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Run or go on with every job, each in its own folder below ``out``; returns rows as :func:`bench` does."""
     rows = []
-    for number, (task, method, config, seed) in enumerate(jobs, start=1):
-        folder = Path(out) / _slug(task) / _slug(method) / f"seed-{seed}"
-        row = _one(config.replace(out=str(folder)), task)
-        rows.append({"task": task, "method": method, "seed": seed, **row})
+    for number, job in enumerate(jobs, start=1):
+        row = _one(job.config.replace(out=str(Path(out) / job_folder(job))), job.task)
+        rows.append({"task": job.task, "method": job.method, "seed": job.seed, **row})
         if progress and is_main():
             score = "" if row["score"] is None else f"  {row['metric']} {row['score']:.4f}"
             told = row["error"] or f"{score}  {row['seconds']:.1f} s"
             print(
-                f"[{number}/{len(jobs)}] {task}  {method}  seed {seed}: {row['status']}{told and ' '}{told}",
+                f"[{number}/{len(jobs)}] {job.task}  {job.method}  seed {job.seed}: {row['status']}"
+                f"{told and ' '}{told}",
                 file=sys.stderr,
             )
     if is_main():

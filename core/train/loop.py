@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peft_suite as ps
 from peft_suite.errors import ConfigError, DataError, StorageError, TrainingError
+from peft_suite.lifecycle import rebuild
 from peft_suite.storage import write_json
 from peft_suite.train.config import Recipe
 from peft_suite.train.contracts import DataSplits
@@ -114,6 +115,8 @@ class _Training:
         self.model, self.data, self.recipe, self.out, self.seed = model, data, recipe, out, seed
         self.workers, self.info = workers, info
         self.events = ps.events(model)  # AdapterError at once when the model carries no adapter
+        adapters: Any = model.adapters
+        self.started_as = {name: adapter.method.config for name, adapter in adapters.items()}
         self.task = as_task(task, data.classes, data.multi_label)
         self.train_data = train_split(data)
         check_recipe(recipe, data)
@@ -143,6 +146,7 @@ class _Training:
         if state and record and record["status"] == "finished":
             if show:
                 print(f"{self.out} is already finished: nothing to resume.", file=sys.stderr)
+            self.take_plans(state)
             self.load_adapters(state["best_state"] or state["adapters"])
             return RunResult(self.out, record)
         with restored_forward(self.model), self.stop:
@@ -188,8 +192,12 @@ class _Training:
             self.model.zero_grad(set_to_none=True)
         self.begun = True  # from here on run.json tells of this run; what is refused earlier leaves the folder alone
         self.write_record("running")
-        if any(self.model.adapters[n].method.capabilities.needs_calibration for n in self.trained):  # type: ignore[index, union-attr]
+        if state is not None:
+            self.take_plans(state)
+        elif any(self.model.adapters[n].method.capabilities.needs_calibration for n in self.trained):  # type: ignore[index, union-attr]
             self.calibrate()
+        if self.plans():
+            self.optimizer = build_optimizer(self.model, self.recipe)
 
         self.model.train()
         self.wrapped: Any = self.accelerator.prepare_model(self.model) if self.world > 1 else self.model
@@ -393,6 +401,7 @@ class _Training:
             world=self.world,
             gather=self.accelerator.gather,
             stop=stop,
+            reduce=getattr(self.task, "reduce", None),
         )
         if target is None:
             raise DataError(f"The {split} split has no targets: samples must be (input, target).")
@@ -435,11 +444,24 @@ class _Training:
             own = {key.split("/", 1)[1]: value for key, value in state.items() if key.split("/", 1)[0] == name}
             adapters[name].load_state_dict(own)
 
+    def take_plans(self, state: Mapping[str, Any]) -> None:
+        """Build adapters as calibration had built them before the interruption."""
+        adapters: Any = self.model.adapters
+        for name, config in state.get("plans", {}).items():
+            method = adapters[name].method
+            own = {k.removeprefix(f"{name}/"): v for k, v in state["adapters"].items() if k.startswith(f"{name}/")}
+            rebuild(self.model, name, type(method)(type(method.config).from_dict(config)), own)
+
+    def plans(self) -> dict[str, dict[str, Any]]:
+        """Configurations that calibration has filled in, by adapter."""
+        adapters: Any = self.model.adapters
+        configs = {name: adapters[name].method.config for name in self.trained}
+        return {name: c.to_dict() for name, c in configs.items() if c != self.started_as[name]}
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for two starts to be one run."""
-        adapters: Any = self.model.adapters
-        methods = {f"adapters.{name}": str(adapter.method.config) for name, adapter in adapters.items()}
         config = self.info.get("config") or {"recipe": self.recipe.to_dict()}
+        methods = {f"adapters.{name}": str(config) for name, config in self.started_as.items()}
         return {**run_identity(config), **methods, "seed": self.seed, "data_fingerprint": self.data.fingerprint}
 
     def write_checkpoint(self) -> None:
@@ -463,6 +485,7 @@ class _Training:
                     "best": self.best,
                     "best_state": self.best_state,
                     "adapters": self.adapter_state(),
+                    "plans": self.plans(),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": scaler.state_dict() if scaler is not None else None,
                     "rng": ranks,
@@ -514,17 +537,19 @@ class _Training:
             self.load_adapters(self.best_state)
         self.events.finish()
         final: dict[str, Any] = {"val": None, "test": None, "per_class": None}
-        confusion, examples = None, []
+        confusion, maps = None, None
+        examples: list[dict[str, Any]] = []
         for split in ("val", "test"):  # test comes last: where it exists, details are of test
             found = self.outputs(split)
             if found:
                 final[split] = self.task.metrics(*found)
                 final["per_class"] = self.task.per_class(*found)
                 confusion = self.task.confusion(*found)
-                examples = choose_examples(self.task.outcome(*found), self.data, split) if self.main else []
+                outcome = self.task.outcome(*found)
+                examples, maps = (choose_examples(outcome, self.data, split), outcome.maps) if self.main else ([], None)
         self.save_adapter()
         if self.main:
-            write_thumbnails(self.out, self.data, examples)
+            write_thumbnails(self.out, self.data, examples, maps)
         record = self.write_record("finished", final=final, confusion=confusion, examples=examples)
         self.accelerator.wait_for_everyone()
         self.model.eval()

@@ -153,11 +153,17 @@ def choose_examples(outcome: Outcome, data: DataSplits, split: str, limit: int =
     ]
 
 
-def write_thumbnails(out: Path, data: DataSplits, examples: list[dict[str, Any]]) -> None:
+def write_thumbnails(
+    out: Path, data: DataSplits, examples: list[dict[str, Any]], maps: torch.Tensor | None = None
+) -> None:
     """``out/examples.json``: ``{"png": [base64 or null, ...]}`` in the order of ``run.json``'s examples."""
     pictures: list[str | None] = []
     for example in examples:
-        raw = data.thumbnail(getattr(data, example["split"]), example["index"]) if data.thumbnail else None
+        dataset, index = getattr(data, example["split"]), example["index"]
+        if data.picture and maps is not None:
+            raw: bytes | None = data.picture(dataset, index, maps[index])
+        else:
+            raw = data.thumbnail(dataset, index) if data.thumbnail else None
         pictures.append(base64.b64encode(raw).decode("ascii") if raw else None)
     write_json(out / "examples.json", {"png": pictures}, indent=None)
 

@@ -61,7 +61,7 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
         if progress and is_main():
             print(f"{out} is already finished: nothing to resume.", file=sys.stderr)
         return finished
-    plugin = find_plugin(config.plugin)
+    plugin = find_plugin(config.plugin).for_task(config.task)
     backbones, source = open_plugin(plugin)
     chosen = data_config(source, config)
     classes, multi_label = source.classes(chosen)
@@ -84,6 +84,7 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
     ps.adapt(model, method)
     metadata = {
         "plugin": config.plugin,
+        "task": config.task,
         "backbone": {**backbone.to_dict(), "num_outputs": len(classes)},
         "classes": list(classes),
         "multi_label": multi_label,
@@ -94,6 +95,7 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
         model,
         data,
         config.recipe,
+        task=data.task or "classification",
         out=out,
         seed=config.seed,
         resume=resume,

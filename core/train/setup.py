@@ -19,7 +19,7 @@ from peft_suite.errors import ConfigError, DataError
 from peft_suite.train.config import Recipe
 from peft_suite.train.contracts import DataSplits
 from peft_suite.train.evaluation import pick_device
-from peft_suite.train.task import Task
+from peft_suite.train.task import Classification, Task
 
 __all__ = [
     "Restartable",
@@ -86,6 +86,8 @@ def make_accelerator(recipe: Recipe, device: str, out: Path) -> Accelerator:
 def make_mixup(recipe: Recipe, task: Task, multi_label: bool) -> Any:
     if not recipe.mixup and not recipe.cutmix:
         return None
+    if not isinstance(task, Classification):
+        raise ConfigError("Recipe.mixup and Recipe.cutmix mix class labels; set both to 0 for this task.")
     try:
         mixup: Any = importlib.import_module("timm.data").Mixup
     except ImportError as error:

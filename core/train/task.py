@@ -20,16 +20,26 @@ CONFUSION_LIMIT = 200  # classes; a larger matrix is unreadable and makes run.js
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model said about each sample, for examples and predictions. All lists have one entry per sample."""
+    """What the model said about each sample, for examples and predictions. All lists have one entry per sample.
+
+    ``maps`` are predicted class maps ``[N, h, w]`` of dense tasks.
+    """
 
     target: list[str | list[str]]
     prediction: list[str | list[str]]
     probability: list[float]
     correct: list[bool]
+    maps: Tensor | None = None
 
 
 class Task(Protocol):
-    """The interface between the loop and a task. ``primary`` names the metric that selects the best epoch."""
+    """The interface between the loop and a task. ``primary`` names the metric that selects the best epoch.
+
+    A task whose outputs are too large to keep for a whole split has ``reduce(output, target) -> (output, target)``,
+    called on every batch of an evaluation; :meth:`metrics`, :meth:`per_class`, :meth:`confusion`, :meth:`outcome` and
+    :meth:`check` then see what it returned. Training targets of :meth:`check` and :meth:`class_weights` come from
+    ``dataset.target(index)``.
+    """
 
     @property
     def classes(self) -> tuple[str, ...]: ...

@@ -20,12 +20,12 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from peft_suite.errors import DataError
+from peft_suite.errors import DataError, UnknownNameError
 from peft_suite.train.contracts import DataConfig, DataSplits
 from peft_suite.vision import digits
 from peft_suite.vision.images import ImageDataset, verify
 from peft_suite.vision.lists import EXTENSIONS, Listing, Sample, detect_format, read_layout
-from peft_suite.vision.transforms import Preprocess, StandardAugment, thumbnail_png
+from peft_suite.vision.transforms import VARIANTS, Preprocess, StandardAugment, thumbnail_png
 
 __all__ = ["ImageDataConfig", "ImageDataset", "ImageSource", "source"]
 
@@ -35,8 +35,12 @@ class ImageDataConfig(DataConfig):
     """Which images, which labels, and how they reach the backbone.
 
     Attributes:
-        format: "auto", "folder", "list", "huggingface" or "digits-shifted".
-        augment: "none"; "light" (small shift, flip); "standard" (timm's training transform).
+        format: "auto", "folder", "list", "huggingface", "vtab", "fgvc", "few-shot", "cifar-binary" or "digits-shifted".
+        task: data set of a protocol (vtab, fgvc, few-shot), such as "cifar"; "" takes it from the folder's name.
+        splits: of a protocol: "tune" (the default; train, validate, test), "final" (train and validation data together,
+            test), "official" (what FGVC's data sets say themselves).
+        augment: "none"; "light" (small shift, flip); "crop" (random place of the crop, flip); "resized-crop" (random
+            resized crop, flip); "standard" (timm's training transform: with colours).
         train, val, test: folder, list or split names; "" looks for the usual ones. Without a validation split, one is
             held out of train by ``val_fraction``; without a test split, one by ``test_fraction``.
         eval_shots: keep this many images per class of val and of test (0 keeps all), for quick looks.
@@ -48,14 +52,20 @@ class ImageDataConfig(DataConfig):
         multi_label: several labels per image, separated by ``label_separator`` (";" when empty). JSON lists of labels
             and a separator switch it on by themselves.
         subset: configuration name of a Hugging Face data set.
-        resize: "" keeps the backbone's rule ("crop"); "squash" gives up the aspect ratio.
+        preprocess: how a published repository prepares images: "vpt", "noah", "ssf", ... (``VARIANTS``); "" is the
+            backbone's own. The fields below override it.
+        resize: "" keeps the rule ("crop" by default); "squash" gives up the aspect ratio; "squash-crop" cuts after it.
+        interpolation: "" keeps it; "bilinear", "bicubic", "tf-bilinear", ...
         mean, std: three numbers instead of the backbone's normalisation.
         hflip: probability of a mirror image when augmenting.
-        auto_augment, erase: timm's policy string and erasing probability for "standard".
+        auto_augment: timm's policy string for "standard".
+        erase: probability that noise covers a part of an augmented image.
         verify: "full" decodes every used file before training; "none" leaves errors to the run.
     """
 
-    augment: Literal["none", "light", "standard"] = "none"
+    task: str = ""
+    splits: Literal["", "tune", "final", "official"] = ""
+    augment: Literal["none", "light", "crop", "resized-crop", "standard"] = "none"
     train: str = ""
     val: str = ""
     test: str = ""
@@ -71,7 +81,9 @@ class ImageDataConfig(DataConfig):
     multi_label: bool = False
     label_separator: str = ""
     subset: str = ""
-    resize: Literal["", "crop", "squash"] = ""
+    preprocess: str = ""
+    resize: Literal["", "crop", "squash", "squash-crop"] = ""
+    interpolation: Literal["", "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "tf-bilinear"] = ""
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     hflip: float = 0.5
@@ -90,6 +102,8 @@ class ImageDataConfig(DataConfig):
         for name in ("mean", "std"):
             self.require(name, len(getattr(self, name)) in (0, 3), "must be three numbers or empty")
         self.require("std", all(v > 0 for v in self.std), "must be above 0")
+        if self.preprocess and self.preprocess not in VARIANTS:
+            raise UnknownNameError("preprocessing", self.preprocess, VARIANTS, "Set data.preprocess.")
         self.require("classes", len(set(self.classes)) == len(self.classes), "names a class twice")
 
     @property
@@ -117,26 +131,29 @@ class ImageSource:
             DataError: nothing to train on, classes without images, unreadable files, labels out of range.
         """
         config = _own(config)
-        goal = Preprocess.from_dict(preprocessing).override(config.mean, config.std, config.resize)
+        goal = Preprocess.from_dict(preprocessing).variant(config.preprocess)
+        goal = goal.override(config.mean, config.std, config.resize, config.interpolation)
         layout = detect_format(config)
         if layout == digits.NAME:
             listing, images = digits.listing(config.shots or digits.DEFAULT_SHOTS, config.split_seed, config.eval_shots)
             pixels = {split: [images[s.row] for s in part] for split, part in listing.splits.items()}
             return _assemble(config, goal, listing, pixels, [], hflip=0.0, root="")
         listing = read_layout(config)
-        _hold_out(listing, config)
-        _shuffle_for_shots(listing, config)
+        if not listing.fixed:
+            _hold_out(listing, config)
+        shots = 0 if listing.layout == "few-shot" else config.shots  # there the lists are the draw
+        _shuffle_for_shots(listing, shots, config)
         caches: dict[str, list[Any] | None] = {}
         skipped: list[dict[str, str]] = []
         for split, part in listing.splits.items():
-            shots = config.shots if split == "train" else config.eval_shots
+            most = shots if split == "train" else config.eval_shots
             if not config.skip_bad:
-                part = _first_per_class(part, shots)
+                part = _first_per_class(part, most)
             good, cache, bad = verify(
                 part, listing.openers.get(split), split, check=config.verify == "full", skip=config.skip_bad
             )
             if config.skip_bad:
-                keep = set(_first_per_class(good, shots))
+                keep = set(_first_per_class(good, most))
                 cache = [c for s, c in zip(good, cache, strict=True) if s in keep] if cache is not None else None
                 good = [s for s in good if s in keep]
             order = sorted(range(len(good)), key=lambda i: (good[i].row, good[i].name))
@@ -208,6 +225,7 @@ def _assemble(
             augment=augment,
             standard=standard,
             hflip=hflip,
+            erase=config.erase,
             seed=config.split_seed,
         )
     counts = {}
@@ -222,6 +240,7 @@ def _assemble(
         "skipped_files": skipped[:100],
         "preprocessing": goal.to_dict(),
         "augment": config.augment,
+        **({"task": listing.task, "splits": config.splits or "tune"} if listing.task else {}),
         "in_memory": sorted(split for split in sets if caches.get(split) is not None),
     }
     return DataSplits(
@@ -287,10 +306,10 @@ def _hold_out(listing: Listing, config: ImageDataConfig) -> None:
                 listing.openers[split] = listing.openers["train"]
 
 
-def _shuffle_for_shots(listing: Listing, config: ImageDataConfig) -> None:
+def _shuffle_for_shots(listing: Listing, shots: int, config: ImageDataConfig) -> None:
     """Bring each split into a random order by seed, so that taking the first k of a class is a random draw."""
     for split, part in listing.splits.items():
-        if config.shots if split == "train" else config.eval_shots:
+        if shots if split == "train" else config.eval_shots:
             part.sort(key=lambda s: (s.row, s.name))
             random.Random(f"shots/{split}/{config.split_seed}").shuffle(part)
 
@@ -304,7 +323,7 @@ def _first_per_class(samples: Sequence[Sample], shots: int) -> list[Sample]:
 def _check_after_skipping(listing: Listing, config: ImageDataConfig) -> None:
     left = {label for sample in listing.splits["train"] for label in sample.labels}
     lost = [name for i, name in enumerate(listing.classes) if i not in left]
-    if not left or (lost and not config.allow_empty):
+    if not left or (lost and not config.allow_empty and not listing.fixed):
         raise DataError(f"After leaving out unreadable images, no training image is left of: {', '.join(lost[:6])}.")
     for split in [s for s, part in listing.splits.items() if not part]:
         del listing.splits[split]

@@ -18,12 +18,22 @@ from torch.utils.data import Dataset
 
 from peft_suite.errors import DataError
 from peft_suite.vision.lists import Sample
-from peft_suite.vision.transforms import Preprocess, StandardAugment, light_augment, to_rgb
+from peft_suite.vision.transforms import (
+    Preprocess,
+    StandardAugment,
+    crop_augment,
+    erase,
+    light_augment,
+    resized_crop_augment,
+    to_rgb,
+)
 
 __all__ = ["ImageDataset", "Opener", "decode", "verify"]
 
 CACHE_BYTES = 256 * 2**20
 PROGRESS_FROM = 2000
+
+AUGMENTS = {"light": light_augment, "crop": crop_augment, "resized-crop": resized_crop_augment}
 
 Opener = Callable[[Sample], Image.Image]
 Pixels = np.ndarray[Any, Any]
@@ -36,7 +46,8 @@ class ImageDataset(Dataset[Any]):
         samples: names, labels and places.
         goal: size and normalisation.
         targets: number of classes for 0/1 vectors, 0 for an index, None for no target.
-        augment: "none", "light" or "standard" (with ``standard`` given).
+        augment: "none", a key of ``AUGMENTS``, or "standard" (with ``standard`` given).
+        erase: probability that noise covers a part of an augmented image.
         seed: first part of every sample's random seed.
     """
 
@@ -51,11 +62,12 @@ class ImageDataset(Dataset[Any]):
         augment: str = "none",
         standard: StandardAugment | None = None,
         hflip: float = 0.0,
+        erase: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.samples, self.goal, self.targets = samples, goal, targets
         self.opener, self.cache = opener, cache
-        self.augment, self.standard, self.hflip, self.seed = augment, standard, hflip, seed
+        self.augment, self.standard, self.hflip, self.erase, self.seed = augment, standard, hflip, erase, seed
         self.ignored = 0
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
 
@@ -68,16 +80,19 @@ class ImageDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         image = self.image(index)
-        seed = int.from_bytes(
-            hashlib.blake2b(f"{self.seed}/{self._epoch.item()}/{index}".encode(), digest_size=6).digest()
-        )
         if self.standard is not None:
-            pixels = self.standard(image, seed)
-        elif self.augment == "light":
-            pixels = self.goal.tensor(light_augment(image, self.goal, self.hflip, random.Random(seed)))
+            pixels = self.standard(image, self._seed(index))
+        elif self.augment in AUGMENTS:
+            rng = random.Random(self._seed(index))
+            pixels = self.goal.tensor(AUGMENTS[self.augment](image, self.goal, self.hflip, rng))
+            pixels = erase(pixels, self.erase, rng) if self.erase else pixels
         else:
-            pixels = self.goal.tensor(self.goal.fit(image))
+            pixels = self.goal(image)
         return pixels if self.targets is None else (pixels, self.target(index))
+
+    def _seed(self, index: int) -> int:
+        text = f"{self.seed}/{self._epoch.item()}/{index}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest())
 
     def image(self, index: int) -> Image.Image:
         """The decoded RGB image, before any resizing."""

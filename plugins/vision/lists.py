@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_suite.errors import DataError, UnknownNameError, closest
+from peft_suite.vision.cifar import PICKLED, is_cifar_binary, is_cifar_pickle
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from peft_suite.vision.data import ImageDataConfig
 
-__all__ = ["EXTENSIONS", "FORMATS", "Listing", "Sample", "detect_format", "read_layout"]
+__all__ = ["EXTENSIONS", "FORMATS", "Listing", "Sample", "detect_format", "read_layout", "some"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FORMATS = ("auto", "folder", "list", "huggingface", "digits-shifted")
+FORMATS = ("auto", "folder", "list", "huggingface", "vtab", "fgvc", "few-shot", "cifar-binary", "digits-shifted")
 LIST_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 VAL_NAMES = ("val", "valid", "validation", "dev")
 FILE_COLUMNS = ("file", "image", "path", "filename", "file_name", "img")
@@ -40,13 +41,19 @@ class Sample:
 
 @dataclass
 class Listing:
-    """Every sample of every split, before subsampling. ``opener`` turns a sample without a path into an image."""
+    """Every sample of every split, before subsampling. ``opener`` turns a sample without a path into an image.
+
+    ``fixed``: the protocol says what is in which split. Nothing is held out, and classes may lack training images.
+    ``task`` is the protocol's name of the data.
+    """
 
     classes: tuple[str, ...]
     splits: dict[str, list[Sample]]
     multi_label: bool = False
     layout: str = ""
     openers: dict[str, Callable[[Sample], Image.Image]] = field(default_factory=dict)
+    fixed: bool = False
+    task: str = ""
 
 
 def detect_format(config: ImageDataConfig) -> str:
@@ -74,7 +81,10 @@ def detect_format(config: ImageDataConfig) -> str:
     if path.is_file():
         if path.suffix.lower() in LIST_SUFFIXES:
             return "list"
-        raise DataError(f"data.root = {root!r} is a file but not a list. Lists end in {', '.join(LIST_SUFFIXES)}.")
+        unpack = " Unpack the archive first." if path.suffix.lower() in (".tar", ".gz", ".tgz", ".zip") else ""
+        raise DataError(
+            f"data.root = {root!r} is a file but not a list. Lists end in {', '.join(LIST_SUFFIXES)}.{unpack}"
+        )
     if not path.is_dir():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = closest(path.name, near) if near else f"The folder {str(path.parent)!r} does not exist either."
@@ -83,6 +93,19 @@ def detect_format(config: ImageDataConfig) -> str:
         (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     ):
         return "huggingface"
+    if (path / "train800.txt").is_file() or (path / "train800val200.txt").is_file():
+        return "vtab"
+    if config.task and next(path.glob("*/train800val200.txt"), None):
+        return "vtab"
+    if is_cifar_binary(path):
+        return "cifar-binary"
+    if is_cifar_pickle(path):
+        raise DataError(f"data.root = {root!r} cannot be read. {PICKLED}")
+    if config.task:
+        raise DataError(
+            f"data.task = {config.task!r} belongs to a protocol, and {root!r} does not say which. Set data.format to "
+            "vtab, fgvc or few-shot."
+        )
     name = config.train or "train"
     if _list_file(path, name) and not (path / name).is_dir():
         return "list"
@@ -95,18 +118,30 @@ def read_layout(config: ImageDataConfig) -> Listing:
     Raises:
         DataError: empty folders, missing columns or files, labels out of range, classes that train does not have.
     """
+    from peft_suite.vision.cifar import read_cifar
+    from peft_suite.vision.fewshot import read_few_shot
+    from peft_suite.vision.fgvc import read_fgvc
     from peft_suite.vision.huggingface import read_huggingface
+    from peft_suite.vision.vtab import read_vtab
 
-    readers = {"folder": _read_folder, "list": _read_lists, "huggingface": read_huggingface}
+    readers = {
+        "folder": _read_folder,
+        "list": _read_lists,
+        "huggingface": read_huggingface,
+        "vtab": read_vtab,
+        "fgvc": read_fgvc,
+        "few-shot": read_few_shot,
+        "cifar-binary": read_cifar,
+    }
     listing = readers[detect_format(config)](config)
     if not listing.splits.get("train"):
         raise DataError(f"{config.root!r} has no training images. {_layouts()}")
     seen = {label for sample in listing.splits["train"] for label in sample.labels}
     empty = [name for index, name in enumerate(listing.classes) if index not in seen]
-    if empty and not config.allow_empty:
+    if empty and not config.allow_empty and not listing.fixed:
         raise DataError(
             f"{len(empty)} of {len(listing.classes)} classes have no training image in {config.root!r}: "
-            f"{_some(empty)}. "
+            f"{some(empty)}. "
             "Add images, remove the class, or set allow_empty to true."
         )
     return listing
@@ -142,7 +177,7 @@ def _read_folder(config: ImageDataConfig) -> Listing:
             classes = config.classes or tuple(names)
         check_known(split, names, classes)
         if split == "train" and (lost := [name for name in classes if name not in index]):
-            raise DataError(f"{str(folder)!r} has no folder for: {_some(lost)}. {closest(lost[0], names)}")
+            raise DataError(f"{str(folder)!r} has no folder for: {some(lost)}. {closest(lost[0], names)}")
         position = {name: i for i, name in enumerate(classes)}
         found = make_dataset(folder, index, extensions=EXTENSIONS, allow_empty=True)
         splits[split] = [Sample(os.path.relpath(p, root), (position[names[i]],), p) for p, i in found]
@@ -189,7 +224,7 @@ def _read_lists(config: ImageDataConfig) -> Listing:
         lost = [s.path for s in splits[split] if not os.path.isfile(s.path)]
         if lost and not config.skip_bad:
             raise DataError(
-                f"{len(lost)} of {len(part)} files in the {split} list do not exist: {_some(lost, 3)}. "
+                f"{len(lost)} of {len(part)} files in the {split} list do not exist: {some(lost, 3)}. "
                 f"Paths are relative to {str(base)!r}; set image_root for another folder, "
                 "or skip_bad to leave them out."
             )
@@ -270,7 +305,7 @@ def class_names(labels: Iterable[str | int], config: ImageDataConfig, multi: boo
         wrong = sorted(name for name in found if not name.isdecimal() or int(name) >= config.num_classes)
         if wrong:
             raise DataError(
-                f"Labels out of range in {config.root!r}: {_some(wrong)}. With num_classes = {config.num_classes} they "
+                f"Labels out of range in {config.root!r}: {some(wrong)}. With num_classes = {config.num_classes} they "
                 f"are numbers from 0 to {config.num_classes - 1}."
             )
         return tuple(str(i) for i in range(config.num_classes))
@@ -282,11 +317,11 @@ def check_known(split: str, names: Iterable[str], classes: Sequence[str]) -> Non
     extra = sorted(set(names) - set(classes))
     if extra and split == "train":
         raise DataError(
-            f"Labels of train that are not in the field classes: {_some(extra)}. {closest(extra[0], classes)}"
+            f"Labels of train that are not in the field classes: {some(extra)}. {closest(extra[0], classes)}"
         )
     if extra:
         raise DataError(
-            f"Classes in {split} that train does not have: {_some(extra)}. {closest(extra[0], classes)} "
+            f"Classes in {split} that train does not have: {some(extra)}. {closest(extra[0], classes)} "
             "Rename them, or list every class in the field classes."
         )
 
@@ -315,7 +350,8 @@ def _list_file(root: Path, name: str) -> Path | None:
     return next((root / f"{name}{suffix}" for suffix in LIST_SUFFIXES if (root / f"{name}{suffix}").is_file()), None)
 
 
-def _some(names: Sequence[str], limit: int = 6) -> str:
+def some(names: Sequence[str], limit: int = 6) -> str:
+    """The first names and how many more there are."""
     return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 

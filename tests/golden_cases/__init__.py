@@ -39,6 +39,7 @@ class Case:
     mergeable: bool = False
     taps: dict[str, str] = field(default_factory=dict)  # "inter" name -> key of our part
     tapped: Callable[[Tensor, Tensor], Tensor] = lambda given, made: made  # our part's output as the reference taps it
+    more: Callable[[nn.Module], None] | None = None  # further comparisons with the adapted model
 
 
 class NotCoveredError(Exception):

@@ -6,19 +6,29 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import LayerNorm, LayerNormFp32, fast_layer_norm, use_reentrant_ckpt
+from timm.layers import resolve_self_attn_mask, use_reentrant_ckpt
+from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer import Block as ViTBlock
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_suite.anatomy import Anatomy, Block, Point, Weight
 from peft_suite.edits import Beside
+from peft_suite.vision.anatomies.common import (
+    FUNCTIONALS,
+    affine,
+    classifier,
+    grid,
+    image_size,
+    matrices,
+    norms,
+    sites,
+    under,
+)
 
 
 def describe(model: VisionTransformer) -> Anatomy:
     """The anatomy of one model. Parallel blocks, which have no separate attention and MLP, are left out."""
-    head = [n for n, _ in model.named_parameters() if n.split(".")[0] in ("head", "head_dist")]
     projection = model.patch_embed.proj
     return Anatomy(
         family="timm-vit",
@@ -27,13 +37,23 @@ def describe(model: VisionTransformer) -> Anatomy:
         embed=Point("norm_pre", model.embed_dim),
         stem=_stem(model),
         norm=Point("norm", model.embed_dim),
-        tail=tuple(Point(n, model.embed_dim) for n in ("norm", "fc_norm") if _affine(getattr(model, n))),
-        norms=tuple(n for n, m in model.named_modules() if _is_norm(m) and not n.startswith("adapters.")),
-        fresh=tuple(head),
+        tail=sites(model, ("norm", "fc_norm")),
+        norms=norms(model),
+        fresh=under(model, "head.", "head_dist."),
         prefix_tokens=model.num_prefix_tokens,
-        patch_values=projection.weight[0].numel() if _affine(projection) else model.embed_dim,
-        functionals={LayerNorm.forward: _layer_norm, LayerNormFp32.forward: _layer_norm_fp32},
-        block_forwards={ViTBlock.forward: _pre_norm_block, ResPostBlock.forward: _post_norm_block},
+        image=Point("patch_embed", 3),
+        image_size=image_size(model.patch_embed),
+        grid=grid(model.patch_embed),
+        head=classifier(model, "head") if not hasattr(model, "head_dist") else None,
+        class_token="" if model.cls_token is None else "cls_token",
+        patch_values=projection.weight[0].numel() if affine(projection) else model.embed_dim,
+        functionals=FUNCTIONALS,
+        block_forwards={
+            ViTBlock.forward: _pre_norm_block,
+            ResPostBlock.forward: _post_norm_block,
+            Attention.forward: _attention,
+        },
+        places={Attention.forward: ("prefix",)},
         reentrant=bool(model.grad_checkpointing and use_reentrant_ckpt()),
     )
 
@@ -96,58 +116,54 @@ def _block(model: VisionTransformer, index: int) -> Block:
         "o": Weight(f"{path}.attn.proj"),
         **{n: Weight(f"{path}.mlp.{n}") for n in ("fc1", "fc2") if isinstance(getattr(mlp, n, None), nn.Linear)},
     }
-    linears = [f"{path}.mlp.{n}" for n, m in mlp.named_modules() if isinstance(m, nn.Linear)]
-    sites = (f"{path}.norm1", f"{path}.attn.qkv", f"{path}.attn.proj", f"{path}.norm2", *linears)
-    affine = tuple(
-        Point(site, _width(model.get_submodule(site))) for site in sites if _affine(model.get_submodule(site))
-    )
-    return Block(Point(path, dim), points, weights, affine, ("attn", "mlp"))
+    order = (f"{path}.norm1", f"{path}.attn.qkv", f"{path}.attn.proj", f"{path}.norm2", *matrices(model, f"{path}.mlp"))
+    return Block(Point(path, dim), points, weights, sites(model, order), ("attn", "mlp"))
 
 
 def _stem(model: VisionTransformer) -> tuple[Point, ...]:
     embed = model.patch_embed
     layout: Literal["first", "last"] = "first" if isinstance(embed.proj, nn.Conv2d) else "last"
-    sites = [Point("patch_embed.proj", model.embed_dim, layout)] if _affine(embed.proj) else []
-    if _affine(getattr(embed, "norm", None)):  # hybrids embed a convolutional network's features without a norm
+    sites = [Point("patch_embed.proj", model.embed_dim, layout)] if affine(embed.proj) else []
+    if affine(getattr(embed, "norm", None)):  # hybrids embed a convolutional network's features without a norm
         sites.append(Point("patch_embed.norm", model.embed_dim))
-    if _affine(model.norm_pre):
+    if affine(model.norm_pre):
         sites.append(Point("norm_pre", model.embed_dim))
     return tuple(sites)
-
-
-def _affine(module: nn.Module | None) -> bool:
-    return isinstance(getattr(module, "weight", None), Tensor)
-
-
-def _width(module: nn.Module) -> int:
-    return module.out_features if isinstance(module, nn.Linear) else int(module.weight.shape[0])  # type: ignore[union-attr,index]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and _affine(module)
 
 
 def _pre_norm_block(
     block: Any, beside: Beside, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    h = block.attn(block.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-    x = beside.attn(x, x + block.drop_path1(block.ls1(h)))
-    return beside.mlp(x, x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+    n = block.norm1(x)
+    x = beside.attn(x, x + block.drop_path1(block.ls1(block.attn(n, attn_mask=attn_mask, is_causal=is_causal))), n)
+    n = block.norm2(x)
+    return beside.mlp(x, x + block.drop_path2(block.ls2(block.mlp(n))), n)
 
 
 def _post_norm_block(
     block: Any, beside: Beside, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     h = block.attn(x, attn_mask=attn_mask, is_causal=is_causal)
-    x = beside.attn(x, x + block.drop_path1(block.norm1(h)))
-    return beside.mlp(x, x + block.drop_path2(block.norm2(block.mlp(x))))
+    x = beside.attn(x, x + block.drop_path1(block.norm1(h)), x)
+    return beside.mlp(x, x + block.drop_path2(block.norm2(block.mlp(x))), x)
 
 
-def _layer_norm(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    norm = fast_layer_norm if module._fast_norm else F.layer_norm
-    return norm(x, module.normalized_shape, weight, bias, module.eps)
-
-
-def _layer_norm_fp32(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    weight, bias = (None if t is None else t.float() for t in (weight, bias))
-    return F.layer_norm(x.float(), module.normalized_shape, weight, bias, module.eps).to(x.dtype)
+def _attention(
+    attn: Any, beside: Beside, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Attention with a place for more keys and values, which every query sees."""
+    if not beside.active:
+        return type(attn).forward(attn, x, attn_mask, is_causal)  # type: ignore[no-any-return]
+    b, n, _ = x.shape
+    gate = attn.gate(x).sigmoid() if attn.gate is not None else None
+    qkv = attn.qkv(x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # [B, heads, N, head width]
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    k, v = beside.through("prefix", k, v)
+    mask: Any = resolve_self_attn_mask(n, q, attn_mask, is_causal)
+    if mask is not None and k.shape[2] > n:
+        mask = F.pad(mask, (k.shape[2] - n, 0), value=True if mask.dtype == torch.bool else 0.0)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    x = attn.norm(x.transpose(1, 2).reshape(b, n, attn.attn_dim))
+    return attn.proj_drop(attn.proj(x if gate is None else x * gate))  # type: ignore[no-any-return]
