@@ -11,7 +11,7 @@ import typer
 from peft_suite.cli.common import plugin_of
 from peft_suite.cli.console import note, show_json, show_mapping, show_table
 from peft_suite.cli.root import Json
-from peft_suite.cli.settings import assemble
+from peft_suite.cli.settings import assemble, overrides
 from peft_suite.errors import ConfigError, DataError
 from peft_suite.plugins import Plugin, methods, resolve
 from peft_suite.train.suites import Book, NamedRecipe, Suite
@@ -88,14 +88,16 @@ def plan_suite(
         for entry, recipe in recipes.items()
         for seed in (recipe.take_seeds(seeds) if first is None else range(first, first + seeds))
     ]
-    groups = {group: [t for t in members if t in wanted] for group, members in suite.groups.items()}
+    given = {**{k: v for k, v in flags.items() if v is not None and k != "data"}, **dict(overrides(words))}
+    changed = ", ".join([*([str(config)] if config else []), *(f"{k}={v}" for k, v in given.items())])
     plan = {
         "format": 1,
         "suite": suite.name,
         "title": suite.summary,
-        "groups": {group: members for group, members in groups.items() if members},
+        "groups": suite.groups,
+        "tasks": wanted,
         "methods": [
-            _method(entry, recipe, next(b for (e, _), b in bases.items() if e == entry))
+            _method(entry, recipe, next(b for (e, _), b in bases.items() if e == entry), changed)
             for entry, recipe in recipes.items()
         ],
         "runs": [
@@ -178,7 +180,7 @@ def _without_data(
     return found
 
 
-def _method(entry: str, recipe: NamedRecipe, config: RunConfig) -> dict[str, Any]:
+def _method(entry: str, recipe: NamedRecipe, config: RunConfig, changed: str) -> dict[str, Any]:
     """What the page says of one method."""
     source = recipe.published.get("source")
     chosen = {"nothing": "the last one, on no data", "val": "validation data", "test": "test data"}[
@@ -195,6 +197,7 @@ def _method(entry: str, recipe: NamedRecipe, config: RunConfig) -> dict[str, Any
         "source": recipe.source,
         "published results": source,
         "departs from the source": "; ".join(recipe.departures),
+        "set on the command line": changed,
     }
     from peft_suite.report.page import facts
 

@@ -317,7 +317,8 @@ def _show_means(record: Mapping[str, Any]) -> None:
         for name, value in row["means"].items():
             paper = row["published"].get(name)
             mean = "" if value["mean"] is None else f"{100 * value['mean']:.1f}"
-            part = f" ({value['done']} of {value['of']})" if value["partial"] and mean else ""
+            part = "groups not whole" if name == "mean of groups" else f"{value['done']} of {value['of']}"
+            part = f" ({part})" if value["partial"] and mean else ""
             cells[name] = f"{mean}{part}" + ("" if paper is None else f" [{paper:.1f}]")
         rows.append({"method": row["label"], **cells})
     names = list(record["means"][0]["means"]) if record["means"] else []

@@ -31,6 +31,7 @@ def suite_page(root: Path) -> Path:
     facts_of = _read(root)
     groups: dict[str, list[str]] = {str(k): [str(t) for t in v] for k, v in facts_of["groups"].items()}
     methods: list[dict[str, Any]] = facts_of["methods"]
+    asked = facts_of.get("tasks") or _flat(groups)
     runs, failures = _runs(root, facts_of["runs"])
     names = [n for _, r in runs if r.finished for n in r.scores()[1]]
     metric = next((r.metric for _, r in runs if r.metric), "") or primary_name(dict.fromkeys(names))
@@ -55,7 +56,7 @@ def suite_page(root: Path) -> Path:
         "suite.html",
         title=f"{facts_of['title']}: comparison of methods",
         metric=metric,
-        groups=groups,
+        groups={g: shown for g, tasks in groups.items() if (shown := [t for t in tasks if t in asked])},
         count=len(_flat(groups)),
         methods=methods,
         means=means,

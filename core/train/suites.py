@@ -191,8 +191,12 @@ class Book:
                     f"recipe of the suite {suite}", entry, own, "A method's name or a recipe's name is expected."
                 )
             found = same[0]
+        if not values:
+            return found
         method = {**found.run_fields(self.suite(suite))["method"], **values}
-        return found.replace(method=method) if values else found
+        own_values = {f"method.{key}" for key in values}  # stronger than a task's
+        tasks = {task: {k: v for k, v in row.items() if k not in own_values} for task, row in found.tasks.items()}
+        return found.replace(method=method, tasks=tasks)
 
     def _build(self, name: str, raw: Mapping[str, Mapping[str, Any]], below: tuple[str, ...] = ()) -> NamedRecipe:
         try:

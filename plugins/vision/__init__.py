@@ -72,14 +72,14 @@ plugin = Plugin(
         MethodEntry(
             "snell",
             "peft_suite.vision.methods.snell:SNELL",
-            "Sparse updates from a kernel of low-rank factors; folds into the weights.",
+            "Sparse updates from a distance kernel of thin matrices; folds into the weights.",
             "Shen et al., NeurIPS 2024",
         ),
         MethodEntry(
             "snella",
             "peft_suite.vision.methods.snell:SNELLA",
-            "SNELL with a learned kernel and sparsity allocated among matrices; folds into the weights.",
-            "arXiv, 2025",
+            "SNELL with a wider kernel that moves sparsity between matrices; folds into the weights.",
+            "Shen et al., 2025",
         ),
         MethodEntry(
             "bi-adaptformer",

@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from sparse_methods import register
 from torch import Tensor, nn
 
 import peft_suite as ps
 from peft_suite.errors import ConfigError
 from peft_suite.vision.methods.binary import EPSILON, QuantisedLinear, codebook
-
-register()
 
 HEAD = 100 * 768 + 100
 

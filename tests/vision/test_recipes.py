@@ -106,6 +106,8 @@ def test_choosing() -> None:
     assert book.choose("vpt-shallow-vtab", "vtab").method_name == "vpt"
     changed = book.choose("vpt(num_tokens=5)", "vtab")
     assert changed.method == {**book.recipe("vpt-vtab").method, "num_tokens": 5}  # type: ignore[dict-item]
+    assert changed.run_fields(VTAB, "dmlab")["method"]["num_tokens"] == 5  # stronger than the task's 100
+    assert changed.run_fields(VTAB, "dmlab")["recipe"]["lr"] == 0.25
     assert book.choose("lora", "few-shot").name == "lora-few-shot"
     with pytest.raises(UnknownNameError, match="recipe of the suite vtab"):
         book.choose("nothing", "vtab")

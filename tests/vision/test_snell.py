@@ -7,14 +7,11 @@ import math
 import pytest
 import timm
 import torch
-from sparse_methods import register
 from torch import Tensor, nn
 
 import peft_suite as ps
 from peft_suite.vision.methods.kernel_update import share_threshold
 from peft_suite.vision.methods.snell import KernelUpdate, SNELLAConfig, SNELLConfig
-
-register()
 
 HEAD = 100 * 768 + 100
 COUNTS = {

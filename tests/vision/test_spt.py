@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from sparse_methods import register
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -18,8 +17,6 @@ from peft_suite.errors import AdapterError, ConfigError
 from peft_suite.train import fit
 from peft_suite.vision.methods.allocation import Allocation, Site, allocate, allocate_official
 from peft_suite.vision.methods.spt import SPTLoRAConfig
-
-register()
 
 BATCHES = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)), torch.arange(4)) for i in range(3)]
 

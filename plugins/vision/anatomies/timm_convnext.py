@@ -20,14 +20,15 @@ def describe(model: ConvNeXt) -> Anatomy:
 
     The last affine site is the feature map before pooling (``norm_pre``, usually an Identity).
     """
-    paths = [f"stages.{i}.blocks.{j}" for i, stage in enumerate(model.stages) for j in range(len(stage.blocks))]
+    stages: Any = model.stages
+    paths = [f"stages.{i}.blocks.{j}" for i, stage in enumerate(stages) for j in range(len(stage.blocks))]
     convs = [n for i in range(len(model.stages)) for n in (f"stages.{i}.downsample.0", f"stages.{i}.downsample.1")]
     convs += [f"{path}.shortcut.conv" for path in paths]
     last = Point("norm_pre", model.num_features, "first")
     first: Any = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
     return Anatomy(
         family="timm-convnext",
-        dim=model.stages[0].blocks[0].conv_dw.out_channels,
+        dim=stages[0].blocks[0].conv_dw.out_channels,
         blocks=tuple(_block(model, path) for path in paths),
         stem=sites(model, (f"stem.{n}" for n, _ in model.stem.named_modules() if n)),
         norm=last,

@@ -26,10 +26,11 @@ def describe(model: ResNet) -> Anatomy:
     paths = [f"layer{i}.{j}" for i in range(1, 5) for j in range(len(getattr(model, f"layer{i}")))]
     all_norms = norms(model)
     stem = [n for n in all_norms if n.split(".")[0] in ("conv1", "bn1")]
+    norm: Any = model.bn1
     first: Any = next(m for m in model.conv1.modules() if isinstance(m, nn.Conv2d))
     return Anatomy(
         family="timm-resnet",
-        dim=int(model.bn1.weight.shape[0]),
+        dim=norm.weight.shape[0],
         blocks=tuple(_block(model, path) for path in paths),
         stem=sites(model, stem),
         between=sites(model, (n for n in all_norms if ".downsample." in n)),

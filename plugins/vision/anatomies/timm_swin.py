@@ -23,7 +23,9 @@ def describe(model: SwinTransformer | SwinTransformerV2) -> Anatomy:
     SwinV2 hands the weight of ``attn.qkv`` to ``F.linear`` itself: no edit can act there, and methods that need the
     fused projection are refused.
     """
-    paths = [f"layers.{i}.blocks.{j}" for i, stage in enumerate(model.layers) for j in range(len(stage.blocks))]
+    stages: Any = model.layers
+    embed: Any = model.patch_embed
+    paths = [f"layers.{i}.blocks.{j}" for i, stage in enumerate(stages) for j in range(len(stage.blocks))]
     merging = [n for i in range(len(model.layers)) for n in _merging(model, f"layers.{i}.downsample")]
     last = model.num_features
     return Anatomy(
@@ -40,7 +42,7 @@ def describe(model: SwinTransformer | SwinTransformerV2) -> Anatomy:
         image_size=image_size(model.patch_embed),
         grid=grid(model.patch_embed),
         head=classifier(model, "head.fc"),
-        patch_values=model.patch_embed.proj.weight[0].numel(),
+        patch_values=embed.proj.weight[0].numel(),
         functionals=FUNCTIONALS,
         block_forwards={
             SwinTransformerBlock.forward: _pre_norm_block,
