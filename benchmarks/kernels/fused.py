@@ -10,8 +10,8 @@ GPU, its rows follow, with the kernels asked for by name. A ratio is ours / it.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+import table
+
 from peft_suite.kernels import dispatch
 from peft_suite.kernels.api.fused import bottleneck_adapter, ssf
 from peft_suite.kernels.ops import fused as ops
 
-COLUMNS = ("op", "shape", "dtype", "variant", "median_ms", "p20_ms", "p80_ms", "ratio", "note")
 Forward = Callable[..., Tensor]
 
 
@@ -171,30 +173,13 @@ def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str, rounds: int) 
     return found
 
 
-def show(found: Sequence[dict[str, Any]]) -> None:
-    """A plain table."""
-    for row in found:
-        cells = [f"{row['op']:<26}{row['shape']:<12}{row['dtype']:<14}{row['variant']:<15}"]
-        cells.append(f"{row['median_ms']:>8.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f})")
-        print(*cells, f"ours/it {row['ratio']:.2f}", row["note"], sep="  ")
-
-
-def write(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """A CSV of the rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(found)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/kernels/results"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     rounds = 3 if options.quick else options.rounds
@@ -204,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
             for shape in shapes:
                 found += cases(shape, dtype, device, rounds)
-    show(found)
-    write(options.out / "fused.csv", found)
+    table.show("Fused kernels", found)
+    table.write(options.out / "fused", found)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Sparse changes against a frozen layer, a saved dense copy and a dense weight gradient; selection against sorting.
 
     python benchmarks/kernels/sparse.py --quick
-    python benchmarks/kernels/sparse.py --threads 2 --csv sparse.csv
+    python benchmarks/kernels/sparse.py --threads 2 --out benchmarks/kernels/results
 
 A step is forward and backward including the input's gradient. ``ratio`` is its time over that of the frozen layer, the
 runs interleaved. ``saved_mib`` is what autograd keeps for backward beyond weights, values and index;
@@ -11,9 +11,8 @@ runs interleaved. ``saved_mib`` is what autograd keeps for backward beyond weigh
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,18 +21,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parent))
+import table
 
 from peft_suite.kernels import dispatch
 from peft_suite.kernels.api.selection import kth_value, select_topk
 from peft_suite.kernels.api.sparse import sparse_delta_conv2d, sparse_delta_linear
 from peft_suite.kernels.cpu import torch_sparse
 
-COLUMNS = ("op", "shape", "density", "variant", "median_ms", "ratio", "saved_mib", "transient_mib")
 MIB = 1 << 20
 
 
@@ -245,7 +244,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=0)
     parser.add_argument("--shapes", nargs="*", default=None, help="names, of: " + ", ".join(s.name for s in SHAPES))
-    parser.add_argument("--csv", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     wanted = options.shapes if options.shapes is not None else (QUICK if options.quick else [s.name for s in SHAPES])
@@ -255,16 +254,8 @@ def main() -> None:
         for density in (0.001, 0.005) if shape.name in wanted else ():
             rows += measure(shape, density, repeats)
     rows += selection(8_000_000 if options.quick else 86_000_000, 3)
-    title = f"torch {torch.__version__}, numpy {np.__version__}, {options.threads} thread(s), {platform.machine()}"
-    table = Table(*COLUMNS, title=title)
-    for row in rows:
-        table.add_row(*[str(row[c]) for c in COLUMNS])
-    Console(width=140).print(table)
-    if options.csv is not None:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+    table.show(f"Sparse kernels, {options.threads} thread(s)", rows)
+    table.write(options.out / "sparse", rows)
 
 
 if __name__ == "__main__":

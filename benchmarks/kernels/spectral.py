@@ -10,8 +10,8 @@ through the CPU. A ratio is ours / it.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+import table
+
 from peft_suite.kernels import dispatch
 from peft_suite.kernels.api.spectral import eigh_small, graph_fourier_basis, graph_laplacian
 
-COLUMNS = ("op", "shape", "dtype", "variant", "median_ms", "p20_ms", "p80_ms", "ratio", "note")
 Run = Callable[[], Any]
 
 
@@ -130,30 +132,13 @@ def bases(batch: int, group: int, device: str, rounds: int) -> list[dict[str, An
     return rows("graph_fourier_basis", f"{batch}x{group}x3", f"float32 {device}", found, notes)
 
 
-def show(found: Sequence[dict[str, Any]]) -> None:
-    """A plain table."""
-    for row in found:
-        cells = [f"{row['op']:<22}{row['shape']:<14}{row['dtype']:<16}{row['variant']:<26}"]
-        cells.append(f"{row['median_ms']:>9.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f})")
-        print(*cells, f"ours/it {row['ratio']:.2f}", row["note"], sep="  ")
-
-
-def write(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """A CSV of the rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(found)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/kernels/results"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     rounds = 3 if options.quick else options.rounds
@@ -165,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found += solvers(128, 32, device, rounds)
         for group in (32,) if options.quick else (32, 64, 128):
             found += bases(32, group, device, rounds)
-    show(found)
-    write(options.out / "spectral.csv", found)
+    table.show("Spectral kernels", found)
+    table.write(options.out / "spectral", found)
     return 0
 
 

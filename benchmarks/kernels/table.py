@@ -16,8 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-COLUMNS = ("op", "shape", "device", "threads", "variant", "median_ms", "p20_ms", "p80_ms", "ratio", "note")
-
 
 def device_name() -> str:
     """The GPU's name, or what the processor calls itself."""
@@ -78,18 +76,17 @@ def rows(op: str, shape: str, threads: int, variants: Sequence[Any]) -> list[dic
 
 
 def show(title: str, found: Sequence[dict[str, Any]]) -> None:
-    """A table on the terminal, one block for each shape."""
-    console = Console(width=118)
-    drawn = Table("op", "shape", "threads", "variant", "ms", "ours / it", "note", title=f"{title}: {device_name()}")
-    for before, row in zip([None, *found], found):
-        if before is not None and (before["op"], before["shape"], before["threads"]) != (
-            row["op"],
-            row["shape"],
-            row["threads"],
-        ):
+    """A table on the terminal; a line between blocks that differ in what stands before the variant."""
+    console = Console(width=140)
+    columns = [c for c in found[0] if c not in ("p20_ms", "p80_ms")]
+    drawn = Table(*columns, title=f"{title}: {device_name()}")
+    before = None
+    for row in found:
+        block = [row[c] for c in columns[: columns.index("variant")]]
+        if before is not None and block != before:
             drawn.add_section()
-        cells = (row["op"], row["shape"], row["threads"], row["variant"], f"{row['median_ms']:.2f}")
-        drawn.add_row(*(escape(str(c)) for c in cells), f"{row['ratio']:.2f}", escape(row["note"]))
+        before = block
+        drawn.add_row(*(escape(str(row[c])) for c in columns))
     console.print(drawn)
     console.print(f"{datetime.date.today()} · {versions()}", highlight=False)
 
@@ -99,7 +96,7 @@ def write(path: Path, found: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"machine": device_name(), "date": str(datetime.date.today()), "versions": versions()}
     with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *facts], extrasaction="ignore")
+        writer = csv.DictWriter(file, [*found[0], *facts])
         writer.writeheader()
         writer.writerows({**row, **facts} for row in found)
 

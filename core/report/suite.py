@@ -141,6 +141,7 @@ def _mean_row(
         result[MEAN_OF_GROUPS]["partial"] = True
     published = {k: v for k, v in (method.get("published") or {}).items() if k != "source"}
     costs = {key: _mean(row[key] for row in own.values()) for key in _COSTS}
+    costs["trainable"] = None if costs["trainable"] is None else round(costs["trainable"])  # heads differ between tasks
     return {"label": method["label"], "means": result, "published": published, **costs}
 
 

@@ -52,7 +52,7 @@ def check_random_values_act(case: Case) -> None:
     assert_differs(found, base, "an adapter with random values does nothing")
 
 
-@check(unless=NO_BACKWARD)
+@check(unless=NO_BACKWARD, essential=True)
 def check_only_the_adapter_moves(case: Case) -> None:
     """Training with weight decay moves every tensor of the adapter and no bit of the backbone."""
     model, batch = case.backbone()
@@ -86,7 +86,7 @@ def check_training_helps(case: Case) -> None:
     assert after < before, f"six steps took the loss from {before:.6f} to {after:.6f}"
 
 
-@check(unless=NO_BACKWARD)
+@check(unless=NO_BACKWARD, essential=True)
 def check_verify(case: Case) -> None:
     """``verify`` finds that every edit fires and every trainable parameter gets a gradient, and changes nothing."""
     model, batch = case.adapted()

@@ -29,7 +29,7 @@ from peft_suite.testing.registry import check
 FOLDS = {"mergeable": "it does not fold into weights"}
 
 
-@check(needs=FOLDS)
+@check(needs=FOLDS, essential=True)
 def check_merge(case: Case) -> None:
     """The merged model is a plain model that computes what the adapted one computed."""
     model, batch = case.backbone()

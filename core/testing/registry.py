@@ -23,7 +23,8 @@ class Check:
         needs: capability -> why the check has no meaning without it.
         unless: capability -> why the check has no meaning with it.
         not_kinds: kind of edit -> why the check has no meaning with it.
-        expensive: seconds rather than milliseconds; runs once per kind of edit and backbone.
+        expensive: seconds rather than milliseconds; runs once per kind of part and once per family.
+        essential: runs on every pair.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Check:
     unless: Mapping[str, str]
     not_kinds: Mapping[str, str]
     expensive: bool = False
+    essential: bool = False
 
     @property
     def summary(self) -> str:
@@ -66,12 +68,13 @@ def check(
     unless: Mapping[str, str] | None = None,
     not_kinds: Mapping[str, str] | None = None,
     expensive: bool = False,
+    essential: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function ``check_xxx(case)`` as the check ``xxx``."""
 
     def register(function: Function) -> Function:
         name = function.__name__.removeprefix("check_")
-        _table[name] = Check(name, function, needs or {}, unless or {}, not_kinds or {}, expensive)
+        _table[name] = Check(name, function, needs or {}, unless or {}, not_kinds or {}, expensive, essential)
         return function
 
     return register

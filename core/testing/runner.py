@@ -76,19 +76,26 @@ def cases(
     return list(found.values())
 
 
-def pairs(chosen: Sequence[Case], every: bool) -> Iterator[tuple[Case, Check | None, str]]:
-    """(case, check, reason): check None with a reason is a pair that the backbone cannot carry."""
-    covered: set[tuple[str, str, str]] = set()
+def pairs(chosen: Sequence[Case], every: bool, cheap: bool = False) -> Iterator[tuple[Case, Check | None, str]]:
+    """(case, check, reason): check None with a reason is a pair that the backbone cannot carry.
+
+    A pair gets every check that is not expensive if it is the first with some part, or the first with some kind of edit
+    in its family, or ``cheap``; the others get the essential ones. Expensive checks go to the first pair with some part
+    and to the first pair of every family.
+    """
+    covered: set[object] = set()
     for case in chosen:
         try:
-            kinds = {(case.family, *kind) for kind in case.kinds()}
+            kinds = case.kinds()
         except (UnsupportedError, MissingExtraError) as error:
             yield case, None, f"cannot carry: {error}"
             continue
-        new = kinds - covered
-        covered |= kinds
+        parts, edits = set(kinds), {(case.family, kind) for kind, _ in kinds}
+        costly = every or case.family not in covered or not parts <= covered
+        whole = costly or cheap or not edits <= covered
+        covered |= {case.family, *parts, *edits}
         for item in all_checks():
-            if not item.expensive or every or new:
+            if costly if item.expensive else whole or item.essential:
                 yield case, item, ""
 
 
@@ -166,7 +173,8 @@ def run(
     """
     every = everything() if every is None else every
     results = []
-    for case, item, reason in pairs(cases(*names, plugin=plugin, backbones=backbones, extra=extra, every=every), every):
+    chosen = cases(*names, plugin=plugin, backbones=backbones, extra=extra, every=every)
+    for case, item, reason in pairs(chosen, every, cheap=bool(names)):
         if item is None:
             result = Result(case, "", "cannot carry", reason)
         elif checks and item.name not in checks:
@@ -202,7 +210,8 @@ def conformance(
 
     every = everything() if every is None else every
     params = []
-    for case, item, reason in pairs(cases(*names, plugin=plugin, backbones=backbones, extra=extra, every=every), every):
+    chosen = cases(*names, plugin=plugin, backbones=backbones, extra=extra, every=every)
+    for case, item, reason in pairs(chosen, every, cheap=bool(names)):
         name = item.name if item else "cannot_carry"
         params.append(pytest.param(case, item, reason, id=f"{case.id}-{name}"))
 

@@ -30,7 +30,7 @@ from peft_suite.testing.case import (
 from peft_suite.testing.registry import check
 
 
-@check()
+@check(essential=True)
 def check_save_and_load(case: Case) -> None:
     """A reloaded adapter computes the same under another seed, without a warning, from exactly three files."""
     model, batch = case.adapted()

@@ -127,7 +127,7 @@ def check_remove(case: Case) -> None:
     _raises(AdapterError, lambda: ps.remove(model), "remove without an adapter")
 
 
-@check()
+@check(essential=True)
 def check_undo(case: Case) -> None:
     """``remove`` gives the original back: objects, classes, hooks, attributes, values, flags."""
     model, batch = case.backbone()

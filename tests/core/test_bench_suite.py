@@ -194,3 +194,39 @@ def test_listing() -> None:
     assert one["tasks"]["clevr_dist"]["recipe.lr"] == 0.05
     assert "clevr_dist" in call("vision", "recipes", "ssf-vtab").stdout
     assert "ssf-fgvc" not in call("vision", "recipes", "--suite", "vtab").stdout
+
+
+@pytest.mark.parametrize("name", ["fgvc", "few-shot", "cifar100"])
+def test_the_other_suites(name: str, tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    if name == "fgvc":
+        made.fgvc_json(root / "CUB_200_2011", "images", [1, 2])
+        method, task, tasks = "linear", "cub", "CUB_200_2011"
+    elif name == "few-shot":
+        made.few_shot(root / "oxford-pets", "images", 3, shots=1)
+        method, task, tasks = "lora", "oxford_pets-1", "oxford-pets-1"
+    else:
+        made.cifar_binary(root, True, each=1)
+        method, task, tasks = "linear", "cifar100", ""
+    words = (
+        "vision",
+        "bench",
+        "--suite",
+        name,
+        "--data",
+        root,
+        "--out",
+        out,
+        *SMALL,
+        "--epochs",
+        "1",
+        "--tasks",
+        tasks,
+    )
+    rows = json.loads(call(*words, "--methods", method, "--seeds", "2", "--json").stdout)["runs"]
+    assert [(r["task"], r["status"]) for r in rows] == [(task, "finished")] * 2, rows
+    runs = [json.loads((Path(r["out"]) / "run.json").read_text()) for r in rows]
+    drawn = {run["data"]["fingerprint"] for run in runs}
+    assert len(drawn) == (2 if name == "few-shot" else 1)  # there each seed takes its own list
+    page = (out / "comparison.html").read_text()
+    assert "published" in page if name == "fgvc" else "mean of tasks" in page
