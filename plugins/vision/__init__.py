@@ -16,7 +16,7 @@ def _transformers(models: str, *classes: str) -> tuple[str, ...]:
 
 plugin = Plugin(
     name="vision",
-    summary="Image classification with timm vision transformers.",
+    summary="Image classification and segmentation with timm and transformers backbones.",
     extra="vision",
     requires=("timm", "torchvision"),
     methods=(

@@ -32,10 +32,15 @@ if TYPE_CHECKING:
 
 __all__ = ["TimmBackbones", "backbones"]
 
-MODULES: Mapping[str, str] = {  # timm module -> anatomy family; every model of these modules is a VisionTransformer
+MODULES: Mapping[str, str] = {  # timm module -> anatomy family, which describes every model of the module
     "vision_transformer": "timm-vit",
     "deit": "timm-vit",
     "vision_transformer_hybrid": "timm-vit",
+    "swin_transformer": "timm-swin",
+    "swin_transformer_v2": "timm-swin",
+    "convnext": "timm-convnext",
+    "mlp_mixer": "timm-mixer",
+    "resnet": "timm-resnet",
 }
 _log = logging.getLogger(__name__)
 

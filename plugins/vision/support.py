@@ -19,6 +19,10 @@ YES = "✔"
 _OTHERWISE: Mapping[str, tuple[str, ...]] = {
     "lora": ("lora(targets=[o, fc1, fc2])", "lora(targets=[fc1, fc2])", "lora(targets=[conv1, conv2])"),
     "ia3": ("ia3(targets=[fc2])",),
+    "hst": ("hst(dims=[8, 12], heads=[2, 3])",),
+    "vpt": ("vpt(location=pad, num_tokens=2, image_size=32)",),
+    "mam": ("mam(prefix=0)",),
+    "bi-lora": ("bi-lora(targets=[fc1, fc2])",),
 }
 
 _CHOICES = re.compile(r" \((Valid choices|Did you mean|There is nothing)[^)]*\)")
