@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_suite import Anatomy, Capabilities, Editor, Method, MethodConfig, Part, Point
+from peft_suite import Anatomy, Capabilities, Editor, Method, MethodConfig, Part
 
 
 @dataclass(frozen=True)
@@ -18,22 +18,23 @@ class GateConfig(MethodConfig):
 
 
 class GatePart(Part):
-    """One gain per channel."""
+    """One gain per channel; ``layout`` as of :class:`peft_suite.Point`."""
 
     foldable = True
     decay = False
 
-    def __init__(self, width: int, start: float) -> None:
+    def __init__(self, width: int, layout: str, start: float) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.full((width,), start))
+        self.gain = nn.Parameter(torch.full((width,) if layout == "last" else (width, 1, 1), start))
 
     def forward(self, y: Tensor) -> Tensor:
-        """``y: [..., width]``."""
+        """``y: [..., width]``, or ``[B, width, H, W]`` for layout "first"."""
         return y * self.gain
 
     def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Gains become part of the rows."""
-        return self.gain[:, None] * weight, None if bias is None else self.gain * bias
+        gain = self.gain.flatten()
+        return gain.view(-1, *[1] * (weight.ndim - 1)) * weight, None if bias is None else gain * bias
 
 
 class Gate(Method[GateConfig]):
@@ -50,4 +51,5 @@ class Gate(Method[GateConfig]):
         """After ``fc2`` of every block."""
         for block in anatomy.need_blocks("gate"):
             path = anatomy.need_weight(block, "fc2", "gate").path
-            edit.after(Point(path, block.point.width), GatePart(block.point.width, self.config.start), "gate")
+            point = next(p for p in block.affine if p.path == path)
+            edit.after(point, GatePart(point.width, point.layout, self.config.start), "gate")
