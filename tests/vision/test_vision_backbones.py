@@ -47,7 +47,7 @@ def test_list_is_quick_and_has_globs() -> None:
     assert (
         names[0] == "micro-vit" and "deit_base_distilled_patch16_224" in names and len(names) == len(set(names)) > 150
     )
-    assert "resnet50" not in names and not any("relpos" in n for n in names)
+    assert "resnet50" in names and "efficientnet_b0" not in names and not any("relpos" in n for n in names)
     tagged = [b.name for b in backbones.list("vit_base_patch16_224.*in21k")]
     assert "vit_base_patch16_224.augreg_in21k" in tagged and all("." in n for n in tagged)
     assert "augreg2_in21k_ft_in1k" in backbones.list("vit_base_patch16_224")[0].summary
@@ -154,7 +154,7 @@ def test_unknown_names() -> None:
     with pytest.raises(UnknownNameError, match=r"augreg_in21k"):
         build("vit_base_patch16_224.augreg_in22k")
     with pytest.raises(UnknownNameError, match="no anatomy of this plugin"):
-        build("resnet50")
+        build("efficientnet_b0")
     with pytest.raises(UnknownNameError, match="micro-vit"):
         build("micro_vit")
 
