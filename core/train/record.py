@@ -227,7 +227,14 @@ def run_identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed_fields(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError naming what differs between a stored run and this start."""
+    """Raise ConfigError naming what differs between a stored run and this start.
+
+    A field that the version which stored the run did not know counts as its default.
+    """
+    from peft_suite.train.config import RunConfig
+
+    defaults = run_identity(RunConfig.from_dict({"plugin": ""}).to_dict())
+    before = {**{key: value for key, value in defaults.items() if key in now}, **before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         listing = "; ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in changed[:5])

@@ -191,3 +191,15 @@ def test_bench_is_resumable_and_keeps_failures(tmp_path):
     assert (Path(rows[0]["out"]) / "run.json").stat().st_mtime_ns == stamp
     with pytest.raises(ConfigError, match="has no field 'dta'"):
         bench(base, ["linear"], [{"dta": {}}], [0], tmp_path)
+
+
+def test_a_run_of_an_older_version_resumes(tmp_path):
+    """What an older version did not record counts as the default; any other value is a change."""
+    from peft_suite.train.config import RunConfig
+    from peft_suite.train.record import changed_fields, run_identity
+
+    now = run_identity(RunConfig.from_dict({"plugin": "vision", "method": "ssf"}).to_dict())
+    before = {k: v for k, v in now.items() if k not in ("task", "recipe.cutmix")}
+    changed_fields(tmp_path, before, now)
+    with pytest.raises(ConfigError, match="task was '' and is now 'segmentation'"):
+        changed_fields(tmp_path, before, {**now, "task": "segmentation"})
