@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from peft_suite.errors import KernelBackendError, UnknownNameError
+from peft_suite.kernels.triton.common import interpreted  # imports no Triton
 
 __all__ = [
     "BACKENDS",
@@ -45,13 +46,12 @@ def unavailable(backend: str) -> str | None:
     """Why a back end cannot run on this machine at all; None when it can."""
     if backend in ("torch", "reference"):
         return None
-    package = {"pointnet2_ops": "pointnet2_ops"}.get(backend, backend)
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(backend) is None:
         hints = {"numba": "pip install 'peft-suite[cpu]'", "scipy": "pip install 'peft-suite[cpu]'"}
         hints["triton"] = "pip install 'peft-suite[triton]' (Linux)"
         hint = hints.get(backend, "it has to be built from source against CUDA")
-        return f"{package} is not installed; {hint}"
-    if backend == "triton" and not _interpreting():
+        return f"{backend} is not installed; {hint}"
+    if backend == "triton" and not interpreted():
         try:
             from torch.utils._triton import has_triton
 
@@ -61,10 +61,6 @@ def unavailable(backend: str) -> str | None:
         if not active:
             return "Triton finds no active GPU driver (set TRITON_INTERPRET=1 before Python starts to interpret)"
     return None
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ class Form:
         reason = unavailable(self.backend)
         if reason is not None:
             return reason
-        if device not in self.devices and not (self.backend == "triton" and _interpreting() and forced):
+        if device not in self.devices and not (self.backend == "triton" and interpreted() and forced):
             return f"it runs on {' and '.join(self.devices)} tensors, not on {device}"
         if not forced and not self.automatic:
             return "it runs only when asked for by name"
@@ -147,6 +143,7 @@ class Op:
                         f"The back end {wanted!r} was asked for and cannot run {self.name} on {device.type}: {reason}. "
                         f"Able to run this call: {', '.join(others)}; or set PEFT_SUITE_KERNELS=auto."
                     )
+        reasons = []
         for form in self.forms:
             if wanted != "auto" and form.backend != "torch":
                 continue
@@ -154,9 +151,8 @@ class Op:
             if reason is None:
                 return form
             _note(self.name, form.backend, reason)
-        raise KernelBackendError(
-            f"No back end runs {self.name} on {device.type} tensors: {_listing(self, device.type)}"
-        )
+            reasons.append(f"{form.backend}: {reason}")
+        raise KernelBackendError(f"No back end runs {self.name} on {device.type} tensors: {'; '.join(reasons)}")
 
     def __call__(self, device: torch.device, *args: Any) -> Any:
         """Run on ``device``, with autocast off: coordinates given as float32 stay float32."""
@@ -173,10 +169,6 @@ _OPS: dict[str, Op] = {}
 @functools.cache
 def _note(op: str, backend: str, reason: str) -> None:
     log.debug("%s: %s left out: %s", op, backend, reason)
-
-
-def _listing(op: Op, device: str) -> str:
-    return "; ".join(f"{f.backend}: {f.refuses(device, (), False)}" for f in op.forms)
 
 
 class _State:
