@@ -11,7 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from peft_suite.anatomy import Anatomy
-from peft_suite.edits import After, BatchStatistics, Before, Beside, Edit, EvalPin, Part, Reweigh, Shadow, functional_of
+from peft_suite.edits import (
+    After,
+    BatchStatistics,
+    Before,
+    Beside,
+    Edit,
+    EvalPin,
+    Part,
+    Reweigh,
+    Shadow,
+    copies_first,
+    functional_of,
+)
 from peft_suite.errors import AdapterError, AdapterNameError, UnknownNameError, closest
 from peft_suite.method import Method
 
@@ -135,8 +147,15 @@ class Adapters(nn.Module):
             if frozen and not path.startswith("adapters."):
                 self._install(module, Edit("reweigh", path, "", Part()))
         if adapter.method.capabilities.backbone_eval and not self._pins:
-            self._pins = [EvalPin(m) for path, m in model.named_children() if path != "adapters"]
+            self._pins = [
+                EvalPin(m) for path, m in model.named_children() if path != "adapters" and not self.is_head(path, m)
+            ]
         _forget_compiled()
+
+    def is_head(self, path: str, module: nn.Module) -> bool:
+        """Whether all parameters of a child of the model are fresh: its dropout and batch norm train with them."""
+        names = [f"{path}.{n}" for n, _ in module.named_parameters()]
+        return bool(names) and set(names) <= set(self.anatomy.fresh)
 
     def replace(self, model: nn.Module, adapter: Adapter) -> None:
         """Put a newly built adapter in the place of the one of its name; what was active stays so."""
@@ -169,6 +188,7 @@ class Adapters(nn.Module):
         for name in names:
             for edit in self[name].edits:
                 table[edit.path, _SIDE[edit.kind]].append(edit)
+        table = {key: copies_first(edits) for key, edits in table.items()}
         for key, edits in table.items():
             resident = self._resident[key]
             parts = tuple(e.part for e in edits)

@@ -103,6 +103,7 @@ class Anatomy:
             methods are refused, and copies of their parameters stand in for them by name.
         idle: full names of parameters that do not reach the output; no method trains them.
         no_prompts: why extra tokens cannot be carried; empty when they can.
+        causal: a token sees itself and earlier ones only, so that what comes last is seen by nothing.
         reentrant: the model is set to reentrant gradient checkpointing, which loses gradients of adapters.
     """
 
@@ -129,6 +130,7 @@ class Anatomy:
     read_directly: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     no_prompts: str = ""
+    causal: bool = False
     reentrant: bool = False
 
     def need_blocks(self, method: str) -> tuple[Block, ...]:

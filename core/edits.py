@@ -17,12 +17,13 @@ select          chosen entries of weight and bias train               forward ov
 own             a trained copy of parameters                          reweigh, or a shadow
 ==============  ====================================================  =============================
 
-The order at one module is: before, weight, after; each in the order of activation. Merging folds in that order.
+The order at one module is: before, weight, after; each in the order of activation, but trained copies of a weight come
+before what changes it. Merging folds in that order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 
 from peft_suite.anatomy import Functional
 
-__all__ = ["Beside", "Edit", "Part", "functional_of"]
+__all__ = ["Beside", "Edit", "Part", "copies_first", "functional_of"]
 
 Kind = Literal["before", "after", "beside", "branch", "inside", "reweigh", "select", "shadow"]
 
@@ -47,11 +48,14 @@ class Part(nn.Module):
         foldable: ``fold`` is exact.
         decay: False keeps all its parameters out of weight decay.
         replaces: number of base parameter values that the part stands in for (they are not counted twice).
+        needs_context: inside a described forward, ``forward`` takes one more argument: what the block is given beside
+            its stream, for example the geometry of a point cloud.
     """
 
     foldable: bool = False
     decay: bool = True
     replaces: int = 0
+    needs_context: bool = False
     compute: torch.dtype = torch.float32
 
     def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -97,14 +101,15 @@ class Edit:
     normed: bool = False
 
 
-def bordered(part: Part, y: Tensor, *more: Tensor) -> Tensor:
+def bordered(part: Part, y: Tensor, *more: Tensor, context: Any = None) -> Tensor:
     """``part(y, *more)`` computed in the part's dtype (autocast decides where it is on), returned in y's dtype."""
     dtype = y.dtype
+    last = (context,) if part.needs_context else ()
     out: Tensor
     if dtype is part.compute or torch.is_autocast_enabled(y.device.type):
-        out = part(y, *more)
+        out = part(y, *more, *last)
     else:
-        out = part(y.to(part.compute), *[m.to(part.compute) for m in more])
+        out = part(y.to(part.compute), *[m.to(part.compute) for m in more], *last)
     return out.to(dtype)
 
 
@@ -153,6 +158,7 @@ class Beside:
     The anatomy's function is called as ``function(module, beside, *args, **kwargs)``. A block's function writes
     ``h = beside.attn(x, x + branch, read)`` and ``h = beside.mlp(x, x + branch, read)`` where the block adds its
     branches, ``read`` being what the sub-layer reads. Other places have names: ``beside.through("prefix", k, v)``.
+    ``context`` is what the block was given beside its stream; parts that need it get it as it is.
     """
 
     def __init__(self, block: nn.Module, function: Callable[..., Any]) -> None:
@@ -163,33 +169,40 @@ class Beside:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.block, self, *args, **kwargs)
 
-    def attn(self, x: Tensor, h: Tensor, read: Tensor) -> Tensor:
+    def attn(self, x: Tensor, h: Tensor, read: Tensor, context: Any = None) -> Tensor:
         """Add the attention branch's parts, computed from ``x`` or ``read``, to the residual sum ``h``."""
-        return self._add("attn", x, h, read)
+        return self._add("attn", x, h, read, context)
 
-    def mlp(self, x: Tensor, h: Tensor, read: Tensor) -> Tensor:
+    def mlp(self, x: Tensor, h: Tensor, read: Tensor, context: Any = None) -> Tensor:
         """Add the MLP branch's parts, computed from ``x`` or ``read``, to the residual sum ``h``."""
-        return self._add("mlp", x, h, read)
+        return self._add("mlp", x, h, read, context)
 
-    def _add(self, branch: str, x: Tensor, h: Tensor, read: Tensor) -> Tensor:
+    def _add(self, branch: str, x: Tensor, h: Tensor, read: Tensor, context: Any) -> Tensor:
         for name, normed, part in self.active:
             if name == branch:
-                h = h + bordered(part, read if normed else x)
+                h = h + bordered(part, read if normed else x, context=context)
         return h
 
     def has(self, place: str) -> bool:
         """Whether a part acts at ``place``."""
         return any(name == place for name, _, _ in self.active)
 
-    def through(self, place: str, *values: Tensor) -> tuple[Tensor, ...]:
+    def through(self, place: str, *values: Tensor, context: Any = None) -> tuple[Tensor, ...]:
         """``values`` after the parts at ``place``; parts get and give as many tensors as there are."""
         for name, _, part in self.active:
             if name == place:
                 dtype = values[0].dtype
                 if dtype is not part.compute and not torch.is_autocast_enabled(values[0].device.type):
                     values = tuple(v.to(part.compute) for v in values)
-                values = tuple(v.to(dtype) for v in part(*values))
+                values = tuple(v.to(dtype) for v in part(*values, *((context,) if part.needs_context else ())))
         return values
+
+    def extend(self, place: str, value: Any) -> Any:
+        """``value``, a structure and no stream, after the parts at ``place``; nothing is cast."""
+        for name, _, part in self.active:
+            if name == place:
+                value = part(value)
+        return value
 
 
 class Reweigh:
@@ -300,33 +313,53 @@ class Trained(Part):
         return (weight if new_weight is None else new_weight), (bias if new_bias is None else new_bias)
 
 
+def copies_first(edits: Iterable[Edit]) -> list[Edit]:
+    """In the given order, trained copies before all else: they stand for the base values that other edits change."""
+    return sorted(edits, key=lambda edit: not isinstance(edit.part, Trained))
+
+
 class BatchStatistics(Part):
-    """Batch-norm statistics that move with training and belong to the adapter (buffers, saved in its file)."""
+    """Batch-norm statistics that move with training and belong to the adapter (buffers, saved in its file).
+
+    Attributes:
+        fresh: the layer belongs to the head, whose statistics always move: nobody has trained them before.
+    """
 
     foldable = True
 
-    def __init__(self, module: nn.modules.batchnorm._BatchNorm, device: torch.device | None) -> None:
+    def __init__(
+        self, module: nn.modules.batchnorm._BatchNorm, device: torch.device | None, fresh: bool = False
+    ) -> None:
         super().__init__()
+        self.fresh = fresh
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             base = getattr(module, name)
-            self.register_buffer(name, base.detach().to(device=device or base.device, copy=True))
+            dtype = torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else base.dtype
+            self.register_buffer(name, base.detach().to(device=device or base.device, dtype=dtype, copy=True))
 
     def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias pass unchanged; the statistics act in :meth:`normalise`."""
         return weight, bias
 
     def normalise(self, module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Batch norm with these statistics, updated in train mode like torch's own layer."""
+        """Batch norm with these statistics, updated in train mode like torch's own layer.
+
+        One value per channel (a last batch of one sample) has no spread: it is normalised as in eval mode.
+        """
         mean, var, count = (
             cast(Tensor, self._buffers[n]) for n in ("running_mean", "running_var", "num_batches_tracked")
         )
         momentum = cast(nn.BatchNorm1d, module).momentum
-        if module.training:
+        moving = module.training and x.numel() > x.shape[1]
+        if moving:
             count.add_(1)
             momentum = 1.0 / float(count) if momentum is None else momentum
-        return F.batch_norm(
-            x, mean, var, weight, bias, module.training, momentum or 0.0, cast(nn.BatchNorm1d, module).eps
+        wide = torch.promote_types(mean.dtype, x.dtype)
+        weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+        y = F.batch_norm(
+            x.to(wide), mean, var, weight, bias, moving, momentum or 0.0, cast(nn.BatchNorm1d, module).eps
         )
+        return y.to(x.dtype)
 
 
 def _linear(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -114,7 +114,9 @@ def save(
             "fingerprint": fingerprint(model, adapters.anatomy),
         },
         "parameters": sum(t.numel() for t in tensors.values()),
-        "batchnorm": "train" if any(isinstance(p, BatchStatistics) for _, p in adapter.parts()) else "frozen",
+        "batchnorm": "train"
+        if any(isinstance(p, BatchStatistics) and not p.fresh for _, p in adapter.parts())
+        else "frozen",
         "versions": _versions(),
     }
     header = {

@@ -75,8 +75,8 @@ def adapt(
         method: ``"ssf"``, ``"vpt(num_tokens=50, deep=True)"``, a mapping with ``name``, or a configuration object.
         name: name of the adapter; several may live on one backbone.
         anatomy: description of the model, where no plugin has one.
-        batchnorm: "frozen" keeps batch-norm statistics as they are, also in train mode; "train" lets the adapter train
-            its own copies and saves them.
+        batchnorm: "frozen" keeps the backbone's batch-norm statistics as they are, also in train mode; "train" lets the
+            adapter train its own copies and saves them. Statistics of a fresh head always move, and are saved.
 
     Returns:
         The same model.
@@ -151,7 +151,7 @@ def rebuild(model: nn.Module, name: str, method: Method[Any], tensors: Mapping[s
     old, active = adapters[name], adapters.active
     adapters.switch(())  # the editor reads the frozen model
     first = next((p for n, p in model.named_parameters() if not n.startswith("adapters.")), None)
-    moving = any(isinstance(part, BatchStatistics) for _, part in old.parts())
+    moving = any(isinstance(part, BatchStatistics) and not part.fresh for _, part in old.parts())
     device = first.device if first is not None else torch.device("cpu")
     try:
         where = device if tensors is None else torch.device("meta")
@@ -305,8 +305,7 @@ def _build(
     with torch.device(device):
         method.build(anatomy, editor)
         editor.own(anatomy.fresh)
-        if batchnorm == "train":
-            editor.own_statistics()
+        editor.own_statistics(fresh_only=batchnorm != "train")
         edits = editor.finish()
     if not edits:
         raise UnsupportedError(f"{method.name} finds nothing to train on {anatomy.family}.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_suite.adapter import Adapter, Adapters, adapters_of
-from peft_suite.edits import BatchStatistics, Edit
+from peft_suite.edits import BatchStatistics, Edit, copies_first
 from peft_suite.errors import MergeError
 
 __all__ = ["folds", "merge"]
@@ -69,7 +69,7 @@ def _foldable(model: nn.Module, adapters: Adapters) -> tuple[list[Edit], list[Ed
     stuck: list[Edit] = []
     folded: list[Edit] = []
     blocked: set[str] = set()
-    ordered = [e for n in adapters.active for e in adapters[n].edits]
+    ordered = copies_first(e for n in adapters.active for e in adapters[n].edits)
     inputs = [e for e in reversed(ordered) if e.kind == "before"]
     others = sorted((e for e in ordered if e.kind != "before"), key=lambda e: _ORDER[e.kind])  # stable
     for edit in [*others, *inputs]:

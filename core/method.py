@@ -189,6 +189,11 @@ class Editor:
             )
         self._record(Edit("inside", point.path, _key(point.path, label), part, branch=place))
 
+    def having(self, place: str) -> tuple[str, ...]:
+        """Paths of the modules whose described forward has a place of that name, in the order of the model."""
+        places = self.anatomy.places
+        return tuple(path for path, module in self._modules.items() if place in places.get(type(module).forward, ()))
+
     def reweigh(self, weight: Weight, part: Part, label: str) -> None:
         """``weight, bias = part(weight, bias)`` for a module."""
         module = self.module(weight.path)
@@ -247,13 +252,15 @@ class Editor:
         """Train no copies of these, not even of fresh ones: the method brings its own values for them."""
         self._left |= set(parameters)
 
-    def own_statistics(self) -> None:
-        """Let batch-norm statistics move with training, in buffers of the adapter."""
+    def own_statistics(self, *, fresh_only: bool = False) -> None:
+        """Let batch-norm statistics move with training, in buffers of the adapter; or those of fresh layers alone."""
         for path, module in self._modules.items():
             foreign = path.startswith("adapters.")
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and not foreign:
-                part = BatchStatistics(module, self.device)
-                self._record(Edit("reweigh", path, _key(path, "statistics"), part))
+                fresh = any(f"{path}.{n}" in self.anatomy.fresh for n in module._parameters)
+                if fresh or not fresh_only:
+                    part = BatchStatistics(module, self.device, fresh)
+                    self._record(Edit("reweigh", path, _key(path, "statistics"), part))
 
     def finish(self) -> list[Edit]:
         """All edits; owned parameters become one part per module."""

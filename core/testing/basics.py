@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import peft_suite as ps
+from peft_suite.edits import BatchStatistics
 from peft_suite.files import TENSORS
 from peft_suite.method import make_method
 from peft_suite.testing.case import (
@@ -193,7 +194,8 @@ def check_batch_statistics(case: Case) -> None:
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in base.items()), "frozen tensors or statistics moved"
         model.eval()
         found = outputs(model, batch)
-        own = [k for k in adapter(model).state_dict() if k.endswith("running_mean")]
+        parts = [(k, p) for k, p in adapter(model).parts() if isinstance(p, BatchStatistics)]
+        own = [f"{k}.running_mean" for k, p in parts if not p.fresh]
         assert bool(own) == (mode == "train"), f"batchnorm={mode!r} and statistics in the adapter: {own[:2]}"
         with tempfile.TemporaryDirectory() as folder:
             ps.save(model, folder)

@@ -133,7 +133,8 @@ def check_undo(case: Case) -> None:
     model, batch = case.backbone()
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 != 0)
-    children = list(model.children())
+    batch_norm = nn.modules.batchnorm._BatchNorm  # in train mode it would change the bare model by itself
+    children = [c for c in model.children() if not any(isinstance(m, batch_norm) for m in c.modules())]
     if children:
         children[-1].train()
     before, base = snapshot(model), outputs(model, batch)
@@ -212,7 +213,9 @@ def check_train_mode(case: Case) -> None:
     model.train()
     assert adapter(model).training
     if case.capabilities.backbone_eval:
-        base = [m for n, m in model.named_modules() if n and not n.startswith("adapters")]
+        adapters: Any = model.adapters
+        heads = tuple(f"{n}." for n, m in model.named_children() if adapters.is_head(n, m))
+        base = [m for n, m in model.named_modules() if n and not f"{n}.".startswith(("adapters.", *heads))]
         assert not any(m.training for m in base), "backbone_eval=True, and yet the backbone went into train mode"
         ps.activate(model)
         assert all(m.training for m in base), "with the adapter off the backbone is in train mode again"

@@ -10,7 +10,7 @@ from peft_suite.errors import DataError, UnknownNameError
 from peft_suite.train.suites import Book, Suite
 from peft_suite.vision import fewshot, fgvc, vtab
 
-__all__ = ["CIFAR100", "FEW_SHOT", "FGVC", "VTAB", "book"]
+__all__ = ["CIFAR10", "CIFAR100", "FEW_SHOT", "FGVC", "VTAB", "book"]
 
 
 def _fields(format: str, **more: Any) -> Mapping[str, Any]:
@@ -34,6 +34,22 @@ def _find_one(name: str) -> str:
     if name in ("cifar100", "cifar-100", "cifar"):
         return "cifar100"
     raise UnknownNameError("task of cifar100", name, ["cifar100"])
+
+
+_STEPS = {20: 4, 100: 20, 500: 100}  # images per class -> steps of an epoch, five classes and 25 images a step
+
+
+def _few_images(shots: int) -> Mapping[str, Any]:
+    """400 steps, a tenth of them warm-up."""
+    epochs = 400 // _STEPS[shots]
+    return {"data": {"shots": shots}, "recipe": {"epochs": epochs, "warmup_epochs": epochs / 10, "eval_every": epochs}}
+
+
+def _find_count(name: str) -> str:
+    count = name.removesuffix("-images")
+    if count.isdecimal() and int(count) in _STEPS:
+        return f"{int(count)}-images"
+    raise UnknownNameError("task of cifar10", name, [f"{shots}-images" for shots in _STEPS])
 
 
 def _missing_cifar(root: str, task: str, data: Mapping[str, Any]) -> str:
@@ -85,4 +101,13 @@ CIFAR100 = Suite(
     find=_find_one,
 )
 
-book = Book("peft_suite.vision", (VTAB, FGVC, FEW_SHOT, CIFAR100))
+CIFAR10 = Suite(
+    "cifar10",
+    "Five classes of CIFAR-10 for a small ViT that was trained on the other five; 400 steps of 25 images",
+    {"images per class": tuple(f"{shots}-images" for shots in _STEPS)},
+    fields=lambda task: _few_images(int(task.partition("-")[0])),
+    missing=_missing_cifar,
+    find=_find_count,
+)
+
+book = Book("peft_suite.vision", (VTAB, FGVC, FEW_SHOT, CIFAR100, CIFAR10))

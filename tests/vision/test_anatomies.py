@@ -199,7 +199,7 @@ def test_official_guess_of_the_channel_axis() -> None:
     ps.adapt(model, "ssf(official=True)", name="theirs")
     seen: dict[str, Tensor] = {}
     for name in ("ours", "theirs"):
-        part: Any = adapter(model, name).get_submodule("stem.1.ssf")
+        part: Any = adapter(model, name).get_submodule("stem.0.ssf")
         part.register_forward_hook(lambda m, i, o, name=name: seen.update({f"{name}_in": i[0], name: o}))
         ps.activate(model, name)
         model(x)

@@ -47,7 +47,8 @@ def test_method_and_data_of_every_task(recipe: NamedRecipe) -> None:
 
 def test_every_recipe_says_what_it_stands_on(recipe: NamedRecipe) -> None:
     assert recipe.source and recipe.summary and recipe.seeds
-    assert recipe.backbone["name"].partition(".")[2] in ("orig_in21k", "augreg_in21k")
+    if recipe.suite != "cifar10":  # its backbone is a file that the benchmarks make
+        assert recipe.backbone["name"].partition(".")[2] in ("orig_in21k", "augreg_in21k")
     assert recipe.data.get("preprocess", "ssf") in VARIANTS
     assert recipe.recipe.get("select") in ("last", "val") or recipe.reproduces == "paper"
     if recipe.suite == "vtab":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +76,53 @@ class Replace(Prompt):
     def forward(self, x: Tensor) -> Tensor:
         """``x: [B, N + P, d]``."""
         return super().forward(strip(x, self.count, self.at))
+
+
+class WithPosition(Prompt):
+    """Prompts with learned positions, for blocks that are given the stream and its positions apart.
+
+    ``forward`` puts both in, ``[B, N, d], [B, N, d] -> [B, N + P, d], [B, N + P, d]``. Positions start at N(0, 0.02).
+    """
+
+    def __init__(self, count: int, dim: int, bound: float, **options: Any) -> None:
+        super().__init__(count, dim, bound, **options)
+        self.position: nn.Parameter | None = None
+        if self.prompt is not None:  # not tied
+            self.position = nn.Parameter(torch.zeros(count, dim))
+            if options.get("init") != "zero":
+                nn.init.normal_(self.position, std=0.02)
+
+    def place(self, pos: Tensor) -> Tensor:
+        """``pos`` with the prompts' positions in it."""
+        own = self.position if self.position is not None else self.like[0].position  # type: ignore[attr-defined]
+        own = own.expand(len(pos), -1, -1)
+        if self.at is None:
+            return torch.cat((pos, own), dim=1)
+        return torch.cat((pos[:, : self.at], own, pos[:, self.at :]), dim=1)
+
+    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """``x, pos: [B, N, d]``."""
+        return super().forward(x), self.place(pos)
+
+
+class ReplaceWithPosition(WithPosition):
+    """The same in the place of the P prompts that came with the stream."""
+
+    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """``x: [B, N + P, d], pos: [B, N, d]``."""
+        return super().forward(strip(x, self.count, self.at), pos)
+
+
+class Position(Part):
+    """Prompts that flow on from an earlier block: their positions again, ``[B, N, d] -> [B, N + P, d]``."""
+
+    def __init__(self, owner: WithPosition) -> None:
+        super().__init__()
+        self.owner = (owner,)  # a tuple: outside the module tree
+
+    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """``x: [B, N + P, d], pos: [B, N, d]``."""
+        return x, self.owner[0].place(pos)
 
 
 class Add(Prompt):

@@ -8,7 +8,8 @@ position embedding.
 
 Blocks see tokens as a set, so where the prompts stand changes nothing but rounding; at the end of the sequence they
 come off without a copy. On Swin every window of an image attends to all prompts of that image, and what the windows
-make of a prompt is averaged. Other places of the paper's ablation: added to the tokens, around the image, below it.
+make of a prompt is averaged. Point transformers add positions again before every block; there prompts bring learned
+positions of their own. Other places of the paper's ablation: added to the tokens, around the image, below it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from peft_suite.config import MethodConfig
 from peft_suite.errors import UnsupportedError
 from peft_suite.method import Capabilities, Editor, Method
 from peft_suite.vision.methods.pixel_prompts import Below, Border
-from peft_suite.vision.methods.prompts import Add, Carry, Enter, Prompt, Replace, Strip
+from peft_suite.vision.methods.prompts import (
+    Add,
+    Carry,
+    Enter,
+    Position,
+    Prompt,
+    Replace,
+    ReplaceWithPosition,
+    Strip,
+    WithPosition,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,8 @@ class VPTConfig(MethodConfig):
         shared: one set of prompts for all deep blocks (DEEP_SHARED).
         project: prompts of this width, mapped by one shared Linear to the model's; None uses the model's width.
         dropout: on the prompts (the paper's deep runs use 0.1).
-        position: "end", "after_prefix" (behind class and register tokens, the paper's order) or "start".
+        position: "end" (of a causal backbone: "start"), "after_prefix" (behind class and register tokens, the paper's
+            order) or "start".
         init: "uniform": U(-v, v) with v = sqrt(6 / (patch inputs + prompt width)), the paper's; "normal": N(0, 0.02);
             "zero". Pixels start uniform in [0, 1].
         image_size: size at which pixels are learned on backbones that take images of any size; at other sizes they are
@@ -79,7 +91,8 @@ class VPTConfig(MethodConfig):
 class VPT(Method[VPTConfig]):
     """Put prompts where the configuration says, and take tokens off again where others would stumble over them.
 
-    Prepended: ``P*d`` parameters shallow, ``L*P*d`` deep, on Swin with the width of each stage. The backbone's dropout
+    Prepended: ``P*d`` parameters shallow, ``L*P*d`` deep, on Swin with the width of each stage, on point transformers
+    twice as many for the positions. The backbone's dropout
     and drop path stay off, as in the paper's code. Deep prompts leave intermediate features as they are for others;
     shallow ones are part of them. Pooling is the backbone's: the paper's pooling of patch tokens is a backbone built
     with ``global_pool="avg"``.
@@ -113,6 +126,8 @@ class VPT(Method[VPTConfig]):
             self._pixels(anatomy, edit)
         elif self.config.location == "prepend" and any("prompts" in names for names in anatomy.places.values()):
             self._windows(anatomy, edit)
+        elif self.config.location == "prepend" and any("tokens" in names for names in anatomy.places.values()):
+            self._positioned(anatomy, edit)
         else:
             self._tokens(anatomy, edit)
 
@@ -137,6 +152,34 @@ class VPT(Method[VPTConfig]):
             if config.location == "prepend" and config.deep and not config.flow:
                 edit.after(block.point, Strip(config.num_tokens, at), "vpt_strip")
         if config.location == "prepend" and (config.flow or not config.deep):
+            edit.before(anatomy.norm, Strip(config.num_tokens, at), "vpt_strip")
+
+    def _positioned(self, anatomy: Anatomy, edit: Editor) -> None:
+        """Blocks that add positions themselves: prompts and their own positions enter before the sum of both."""
+        config = self.config
+        blocks = anatomy.need_blocks("vpt")
+        if anatomy.no_prompts or anatomy.norm is None:
+            raise UnsupportedError(
+                f"vpt cannot add tokens to {anatomy.family}: {anatomy.no_prompts or 'it names no final norm'}."
+            )
+        end = 0 if anatomy.causal else None  # behind a causal sequence prompts would be seen by nothing
+        at = {"end": end, "after_prefix": anatomy.prefix_tokens, "start": 0}[config.position]
+        options = self._options(anatomy.dim, anatomy) | {"at": at}
+        start, stop = self._range(len(blocks), anatomy.family) if config.deep else (0, 1)
+        flows = config.flow or not config.deep
+        first: WithPosition | None = None
+        last: WithPosition | None = None
+        for i, block in enumerate(blocks[start:], start):
+            if i < stop:
+                kind = ReplaceWithPosition if config.flow and i > start else WithPosition
+                last = kind(**options, like=first, tied=config.shared)
+                first = first or last
+                edit.inside(block.point, "tokens", last, "vpt")
+                if not flows:
+                    edit.after(block.point, Strip(config.num_tokens, at), "vpt_strip")
+            elif flows and last is not None:
+                edit.inside(block.point, "tokens", Position(last), "vpt")
+        if flows:
             edit.before(anatomy.norm, Strip(config.num_tokens, at), "vpt_strip")
 
     def _kind(self, anatomy: Anatomy, replaces: bool) -> Any:
