@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import keyword
 import re
 import types
 import typing
@@ -118,6 +119,8 @@ class MethodConfig(Config):
 
 
 _AMOUNT = re.compile(r"(=\s*)(\d+(?:\.\d+)?[kKmM])(?=\s*[,)])")  # 0.4M, which is no literal
+_WORDS = "|".join(sorted(set(keyword.kwlist) - {"True", "False", "None"}))
+_KEYWORD = re.compile(rf"([=\[,]\s*)({_WORDS})(?=\s*[,)\]])")  # a value such as layernorm=in is a word like others
 
 
 def parse_shorthand(text: str) -> tuple[str, dict[str, Any]]:
@@ -134,17 +137,17 @@ def parse_shorthand(text: str) -> tuple[str, dict[str, Any]]:
     if name.replace("-", "_").isidentifier() and not bracket:
         return name, {}
     try:
-        rest = _AMOUNT.sub(r"\1'\2'", rest)
+        rest = _KEYWORD.sub(r"\1'\2'", _AMOUNT.sub(r"\1'\2'", rest))
         call = ast.parse(f"{name.replace('-', '_')}({rest}", mode="eval").body
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"Cannot read method {text!r}. {help_}") from error
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args):
         raise ConfigError(f"Cannot read method {text!r}. {help_}")
     values: dict[str, Any] = {}
-    for keyword in call.keywords:
-        if keyword.arg is None:
+    for given in call.keywords:
+        if given.arg is None:
             raise ConfigError(f"Cannot read method {text!r}. {help_}")
-        values[keyword.arg] = _literal(keyword.value, text, help_)
+        values[given.arg] = _literal(given.value, text, help_)
     return name, values
 
 

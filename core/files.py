@@ -340,7 +340,8 @@ def _versions() -> dict[str, str]:
 
 
 def _card(config: dict[str, Any], metadata: dict[str, Any]) -> str:
-    arguments = ", ".join(f"{k}={v!r}" for k, v in config["method_config"].items())
+    shown = {k: repr(v) for k, v in config["method_config"].items()}
+    arguments = ", ".join(f"{k}={v if len(v) <= 80 else '...'}" for k, v in shown.items())  # plans are long
     lines = [
         f"# {config['method']} adapter",
         "",
@@ -351,8 +352,8 @@ def _card(config: dict[str, Any], metadata: dict[str, Any]) -> str:
         f"- written by peft-suite {config['versions']['peft_suite']}, torch {config['versions']['torch']}",
     ]
     if classes := metadata.get("classes"):
-        shown = ", ".join(map(str, classes[:20])) + (" ..." if len(classes) > 20 else "")
-        lines.append(f"- classes ({len(classes)}): {shown}")
+        first = ", ".join(map(str, classes[:20])) + (" ..." if len(classes) > 20 else "")
+        lines.append(f"- classes ({len(classes)}): {first}")
     lines += [
         "",
         "```python",

@@ -16,6 +16,7 @@ from peft_suite.cli.root import Json
 from peft_suite.cli.settings import overrides
 from peft_suite.errors import ConfigError, DataError
 from peft_suite.plugins import Plugin, resolve
+from peft_suite.storage import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +79,7 @@ def predict(
     ctx: typer.Context,
     adapter: _Adapter,
     paths: Annotated[list[str], typer.Argument(help="Files and folders (searched recursively).", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Write .csv or .json instead of a table.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .csv or .json instead of a table; a folder for maps.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes per file, the most probable first.")] = 1,
     checkpoint: _Weights = "",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -86,23 +87,33 @@ def predict(
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     json: Json = False,
 ) -> None:
-    """Predict classes of files."""
+    """Predict classes of files, or of every pixel or point where that is the task."""
     plugin = plugin_of(ctx)
-    if out is not None and out.suffix.lower() not in (".csv", ".json"):
-        raise ConfigError(f"--out {out}: the name must end in .csv or .json.")
     if lost := [p for p in paths if not Path(p).exists()]:
         raise DataError(f"{lost[0]} does not exist. Give files or folders.")
     ready(plugin, "data")
+    from peft_suite.train import outputs
     from peft_suite.train import predict as infer
 
     opened = _open(plugin, adapter, checkpoint)
+    plugin = plugin.for_task(opened.task)
+    source = resolve(plugin.data, plugin)
+    settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "precision": precision}
     if opened.task:
-        raise ConfigError(
-            f"predict writes classes of files, and {adapter} was trained for {opened.task}. "
-            "Use it from Python: build the backbone as its config says, then peft_suite.load(model, path)."
-        )
-    names, dataset = resolve(plugin.data, plugin).inputs(paths, opened.metadata["preprocessing"])
-    logits = infer(opened.model, dataset, batch_size=batch_size, device=device, precision=precision)
+        folder = _folder_for(opened, source, out)
+        names, dataset = source.inputs(paths, opened.metadata["preprocessing"])
+        found = source.write(names, outputs(opened.model, dataset, **settings), folder, opened.classes)
+        write_json(folder / "predictions.json", found)
+        if json:
+            show_json(found)
+        else:
+            show_table(found[:50], {name: name for name in found[0]})
+        note(f"{len(found)} predictions written to {folder}")
+        return
+    if out is not None and out.suffix.lower() not in (".csv", ".json"):
+        raise ConfigError(f"--out {out}: the name must end in .csv or .json.")
+    names, dataset = source.inputs(paths, opened.metadata["preprocessing"])
+    logits = infer(opened.model, dataset, **settings)
     rows = _predictions(names, logits, opened, top)
     if out is not None:
         from peft_suite.storage import write_text
@@ -157,6 +168,17 @@ def export(
     from peft_suite.cli.export import export as write
 
     _told(write(_open(plugin, adapter, checkpoint), out, format, rank))
+
+
+def _folder_for(opened: Opened, source: Any, out: Path | None) -> Path:
+    """The folder for the maps of a dense task."""
+    if not hasattr(source, "write"):
+        raise ConfigError(f"predict cannot write what a model for {opened.task} says. Use peft_suite.train.outputs.")
+    if out is None or out.suffix or out.is_file():
+        raise ConfigError(
+            f"{opened.task} gives one file per input: say --out FOLDER{'' if out is None else f', not {out}'}."
+        )
+    return out
 
 
 def _open(plugin: Plugin, adapter: Path, checkpoint: str) -> Opened:

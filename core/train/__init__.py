@@ -9,7 +9,7 @@ from peft_suite.train.config import BackboneConfig, Recipe, RunConfig
 from peft_suite.train.contracts import BackboneInfo, Backbones, DataConfig, DataSource, DataSplits
 
 if TYPE_CHECKING:
-    from peft_suite.train.evaluation import evaluate, predict
+    from peft_suite.train.evaluation import evaluate, outputs, predict
     from peft_suite.train.grid import bench
     from peft_suite.train.loop import fit
     from peft_suite.train.record import RunResult
@@ -31,6 +31,7 @@ __all__ = [
     "bench",
     "evaluate",
     "fit",
+    "outputs",
     "predict",
     "run",
 ]
@@ -42,6 +43,7 @@ _LAZY = {
     "bench": "grid",
     "evaluate": "evaluation",
     "fit": "loop",
+    "outputs": "evaluation",
     "predict": "evaluation",
     "run": "running",
 }

@@ -113,7 +113,12 @@ class DataSplits:
 
 
 class DataSource(Protocol):
-    """The object behind ``Plugin.data``."""
+    """The object behind ``Plugin.data``.
+
+    A dense task's source has one more method, which the verb ``predict`` calls with the outputs of :meth:`inputs`:
+    ``write(names, outputs, folder, classes) -> rows`` puts one file per input into ``folder`` while ``outputs`` (an
+    iterator of batches) runs, and returns a JSON-ready row per input, with at least ``file`` and ``written``.
+    """
 
     config: type[DataConfig]
 

@@ -14,7 +14,7 @@ from peft_suite.errors import ConfigError, DataError
 from peft_suite.train.loader import indexed_loader
 from peft_suite.train.task import Task
 
-__all__ = ["autocast", "collect", "evaluate", "forward", "pick_device", "predict"]
+__all__ = ["autocast", "collect", "evaluate", "forward", "outputs", "pick_device", "predict"]
 
 
 def evaluate(
@@ -66,16 +66,32 @@ def predict(
 
     Samples are inputs, or ``(input, target)`` pairs whose target is not looked at.
     """
+    found = outputs(model, dataset, batch_size=batch_size, device=device, workers=workers, precision=precision)
+    return torch.cat(list(found))
+
+
+def outputs(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "auto",
+    workers: int = 0,
+    precision: str = "no",
+) -> Iterator[Tensor]:
+    """What :func:`predict` returns, batch by batch, for outputs that do not fit into memory together."""
     target_device = pick_device(device)
-    output, _ = collect(
-        model.to(target_device),
-        dataset,
-        batch_size=batch_size,
-        device=target_device,
-        workers=workers,
-        precision=precision,
-    )
-    return output
+    model.to(target_device)
+    size = len(dataset)  # type: ignore[arg-type]
+    if not size:
+        raise DataError("There is nothing to predict: the data set is empty.")
+    indices = [list(range(at, min(at + batch_size, size))) for at in range(0, size, batch_size)]
+    with _inference(model):
+        for batch in indexed_loader(dataset, indices, workers=workers, pin=target_device.type == "cuda"):
+            inputs = batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
+            with autocast(target_device, precision):
+                output = forward(model, to_device(inputs, target_device))
+            yield output.float().cpu()
 
 
 def collect(

@@ -15,8 +15,10 @@ Masks are read as the indices that the file stores: palette and grey PNGs, not c
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from peft_suite.errors import DataError, closest
+from peft_suite.storage import atomic
 from peft_suite.train.contracts import DataConfig, DataSplits
 from peft_suite.vision.lists import EXTENSIONS
 from peft_suite.vision.segmentation import IGNORE, Segmentation, pixel_counts
@@ -245,6 +248,35 @@ class SegmentationSource:
         from peft_suite.vision.data import source as images
 
         return images.inputs(paths, {**preprocessing, "resize": "squash"})
+
+    def write(
+        self, names: Sequence[str], outputs: Iterator[Tensor], folder: Path, classes: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """One palette PNG of class indices per image, as large as the image, in the folders of the images.
+
+        Returns:
+            Per image: ``file``, ``written`` and ``classes``, the share of the pixels of each class that occurs.
+        """
+        paths = [Path(name).resolve() for name in names]
+        top = Path(os.path.commonpath([path.parent for path in paths]))
+        stems = Counter(path.with_suffix("") for path in paths)
+        maps = (scores.argmax(0) for batch in outputs for scores in batch)
+        rows = []
+        for name, path, said in zip(names, paths, maps, strict=True):
+            alone = stems[path.with_suffix("")] == 1  # a.jpg beside a.png keeps its whole name
+            inside = path.relative_to(top)
+            target = folder / (inside.with_suffix(".png") if alone else inside.with_name(inside.name + ".png"))
+            with Image.open(name) as image:
+                size = image.size
+            mask = Image.fromarray(said.numpy().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+            shares = np.bincount(np.asarray(mask).ravel(), minlength=len(classes)) / (size[0] * size[1])
+            mask.putpalette(_coloured(np.arange(256)[None]).tobytes())
+            with atomic(target) as file:
+                mask.save(file, format="PNG")
+            present = sorted(np.flatnonzero(shares), key=lambda i: -shares[i])
+            told = {classes[i]: round(float(shares[i]), 4) for i in present}
+            rows.append({"file": name, "written": str(target), "classes": told})
+        return rows
 
 
 source = SegmentationSource()

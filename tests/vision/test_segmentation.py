@@ -295,7 +295,20 @@ def test_commands(tmp_path: Path) -> None:
     measured = call("eval", f"{out}/adapter", "--device", "cpu", "--json")
     assert measured.exit_code == 0 and "miou" in json.loads(measured.stdout)["metrics"]
     refused = call("predict", f"{out}/adapter", root)
-    assert refused.exit_code != 0 and "segmentation" in refused.output
+    assert refused.exit_code != 0 and "--out FOLDER" in refused.output
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    for name, size in (("a.png", (40, 30)), ("a.bmp", (20, 20)), ("more/b.png", (32, 32))):
+        Image.new("RGB", size, "red").save(photos / name)
+    masks = tmp_path / "masks"
+    predicted = call("predict", f"{out}/adapter", str(photos), "--out", str(masks), "--device", "cpu", "--json")
+    assert predicted.exit_code == 0, predicted.output
+    rows = json.loads(predicted.stdout)
+    assert json.loads((masks / "predictions.json").read_text()) == rows
+    assert {str(p.relative_to(masks)) for p in masks.rglob("*.png")} == {"a.png.png", "a.bmp.png", "more/b.png"}
+    for row in rows:
+        assert Image.open(row["written"]).size == Image.open(row["file"]).size
+        assert sum(row["classes"].values()) == pytest.approx(1, abs=1e-3)
     planned = call("plan", *words, "--json")
     assert planned.exit_code == 0 and json.loads(planned.stdout)["trainable"] == 64 * 3 + 3
 
