@@ -6,9 +6,9 @@ Writes ``OUT/pretrain`` and ``OUT/adapt`` (folders ``train/CLASS``, ``test/CLASS
 ``OUT/vit.safetensors`` (2.7 M parameters: patch 8, width 192, 6 blocks, 3 heads; without the head)
 and ``OUT/pretrain.json``. The network never sees an image of the other five classes.
 
-Augmentation: crops of the image with 4 more pixels on each side, mirror images, label smoothing 0.1. AdamW; the rate warms
-up for a tenth of the steps and falls to zero over the last quarter; bfloat16 autocast. An epoch takes about 45 s on two
-cores. The run goes on from ``OUT/pretrain.pt`` when it is started again.
+Augmentation: crops of the image with 4 more pixels on each side, mirror images, label smoothing 0.1. AdamW; the rate
+warms up for a tenth of the steps and falls to zero over the last quarter; bfloat16 autocast. An epoch takes about 45 s
+on two cores. The run goes on from ``OUT/pretrain.pt`` when it is started again.
 """
 
 from __future__ import annotations
