@@ -6,10 +6,13 @@ FARM := $(VENV)/.linked
 INTERPRETED := tests/kernels/interpreter
 SOURCES := $(shell find core kernels plugins -name '*.py' -o -name '*.safetensors' -o -name '*.html' -o -name '*.yaml' | sort)
 
-.PHONY: demo test test-all interpreter lint types bench bench-kernels docs clean
+.PHONY: demo demo-full test test-all interpreter lint types bench bench-kernels docs clean
 
 demo: $(FARM)
 	$(VENV)/bin/peft-suite demo --out runs/demo
+
+demo-full: $(FARM)
+	$(VENV)/bin/peft-suite demo --seeds 3 --out runs/demo
 
 test: $(FARM) lint types interpreter
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" --ignore $(INTERPRETED) --cov --cov-report=term:skip-covered

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Anatomy", "Block", "Point", "Weight", "anatomy_of"]
 
-Functional = Callable[["nn.Module", "Tensor", "Tensor | None", "Tensor | None"], "Tensor"]
+Functional = Callable[..., "Tensor"]  # (module, x, weight or None, bias or None), and further inputs where a class has
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,8 @@ class Reweigh:
     """Resident forward override of one module: its weight and bias pass through the active parts.
 
     BatchNorm layers keep their frozen statistics in train mode while this object lives, unless an active part brings
-    its own (see :class:`BatchStatistics`).
+    its own (see :class:`BatchStatistics`). A class with ``further_inputs = True`` has its other positional inputs
+    handed on: ``f(module, x, weight, bias, *inputs)``.
     """
 
     def __init__(self, module: nn.Module, function: Functional) -> None:
@@ -229,10 +230,13 @@ class Reweigh:
             bias = bias.to(weight.dtype)
         if self.statistics is not None:
             return self.statistics.normalise(self.module, x, weight, bias)
+        more: tuple[Any, ...] = args if getattr(module, "further_inputs", False) else ()
+        function: Callable[..., Tensor] = self.function
         plain = weight is None or weight.dtype == x.dtype or not x.is_floating_point()
         if plain or torch.is_autocast_enabled(x.device.type):
-            return self.function(self.module, x, weight, bias)
-        return self.function(self.module, x.to(weight.dtype), weight, bias).to(x.dtype)
+            return function(self.module, x, weight, bias, *more)
+        more = tuple(m.to(weight.dtype) if isinstance(m, Tensor) and m.is_floating_point() else m for m in more)
+        return function(self.module, x.to(weight.dtype), weight, bias, *more).to(x.dtype)
 
 
 class Shadow:
@@ -356,9 +360,7 @@ class BatchStatistics(Part):
             momentum = 1.0 / float(count) if momentum is None else momentum
         wide = torch.promote_types(mean.dtype, x.dtype)
         weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-        y = F.batch_norm(
-            x.to(wide), mean, var, weight, bias, moving, momentum or 0.0, cast(nn.BatchNorm1d, module).eps
-        )
+        y = F.batch_norm(x.to(wide), mean, var, weight, bias, moving, momentum or 0.0, cast(nn.BatchNorm1d, module).eps)
         return y.to(x.dtype)
 
 

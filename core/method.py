@@ -37,6 +37,7 @@ class Capabilities:
         needs_geometry: needs per-sample context such as point coordinates from the backbone's blocks.
         trains_base_entries: its values stand in for entries of frozen weights.
         needs_calibration: ``calibrate`` must see batches before training.
+        calibrates_on_all: it wants all training samples, not the recipe's ``calibration_batches``.
         forward_only: trained without backward.
         backbone_eval: backbone dropout and drop path stay off while training.
     """
@@ -47,6 +48,7 @@ class Capabilities:
     needs_geometry: bool = False
     trains_base_entries: bool = False
     needs_calibration: bool = False
+    calibrates_on_all: bool = False
     forward_only: bool = False
     backbone_eval: bool = False
 

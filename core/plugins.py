@@ -68,12 +68,15 @@ class AnatomyEntry:
         target: ``"module:function"``, called with the model, returns a :class:`peft_suite.Anatomy`.
         examples: ``"module:function"`` names; each returns ``(model, batch)`` without arguments: tiny, randomly
             initialised members of the family for the conformance suite.
+        kin: another family described by the same code. What the conformance suite has tried there, it does not try
+            again here, but for the checks that every pair gets and the expensive ones of a new family.
     """
 
     family: str
     classes: tuple[str, ...]
     target: str
     examples: tuple[str, ...] = ()
+    kin: str = ""
 
 
 @dataclass(frozen=True)

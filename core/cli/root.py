@@ -174,7 +174,9 @@ def demo(
         str, typer.Argument(help="One plugin; without it, every plugin with a demo.", show_default=False)
     ] = "",
     out: Annotated[Path, typer.Option(help="Folder for runs and report.")] = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs per method; without it, each demo's own number.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Adapt a small embedded model by several methods and compare them. Nothing is downloaded."""
@@ -189,7 +191,9 @@ def demo(
     for one in chosen:
         try:
             function = resolve(one.demo, one)
-            options = {"out": out / one.name, "seeds": seeds, "json": json, "progress": not json}
+            options: dict[str, Any] = {"out": out / one.name, "json": json, "progress": not json}
+            if seeds is not None:
+                options["seeds"] = seeds
             known = inspect.signature(function).parameters
             with on_interrupt("Finished runs are kept: start the same command again to go on."):
                 results[one.name] = function(**{k: v for k, v in options.items() if k in known})

@@ -79,18 +79,19 @@ def cases(
 def pairs(chosen: Sequence[Case], every: bool, cheap: bool = False) -> Iterator[tuple[Case, Check | None, str]]:
     """(case, check, reason): check None with a reason is a pair that the backbone cannot carry.
 
-    A pair gets every check that is not expensive if it is the first with some part, or the first with some kind of edit
-    in its family, or ``cheap``; the others get the essential ones. Expensive checks go to the first pair with some part
-    and to the first pair of every family.
+    A pair gets every check that is not expensive if it is the first with some part, or the first with some kind of
+    edit in its family or its kin, or ``cheap``; the others get the essential ones. Expensive checks go to the first
+    pair with some part and to the first pair of every family.
     """
     covered: set[object] = set()
+    kin = {a.family: a.kin for f in plugins() if f.plugin for a in f.plugin.anatomies}
     for case in chosen:
         try:
             kinds = case.kinds()
         except (UnsupportedError, MissingExtraError) as error:
             yield case, None, f"cannot carry: {error}"
             continue
-        parts, edits = set(kinds), {(case.family, kind) for kind, _ in kinds}
+        parts, edits = set(kinds), {(kin.get(case.family) or case.family, kind) for kind, _ in kinds}
         costly = every or case.family not in covered or not parts <= covered
         whole = costly or cheap or not edits <= covered
         covered |= {case.family, *parts, *edits}

@@ -215,11 +215,12 @@ class _Training:
             self.display.say(f"resumed from {self.saved_at}")
 
     def calibrate(self) -> None:
-        """Show ``calibration_batches`` global batches, the same on every process, to the methods that ask for them."""
+        """Show ``calibration_batches`` global batches (or all), the same on every process, to methods asking for it."""
+        every = any(a.method.capabilities.calibrates_on_all for a in self.events.adapters)
         plan = epoch_plan(len(self.train_data), self.recipe.batch_size, 1, seed=self.seed, epoch=0)  # type: ignore[arg-type]
 
         def stream() -> Iterator[tuple[Any, Tensor]]:
-            shown = plan[: self.recipe.calibration_batches]
+            shown = plan if every else plan[: self.recipe.calibration_batches]
             for step in batches(self.train_data, shown, workers=self.workers, seed=self.seed):
                 inputs, targets, _ = step[0]
                 yield to_device(inputs, self.device), targets.to(self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,9 @@ class WithPosition(Prompt):
 
     def place(self, pos: Tensor) -> Tensor:
         """``pos`` with the prompts' positions in it."""
-        own = self.position if self.position is not None else self.like[0].position  # type: ignore[attr-defined]
-        own = own.expand(len(pos), -1, -1)
+        owner = self if self.position is not None else cast(WithPosition, self.like[0])
+        assert owner.position is not None
+        own = owner.position.expand(len(pos), -1, -1)
         if self.at is None:
             return torch.cat((pos, own), dim=1)
         return torch.cat((pos[:, : self.at], own, pos[:, self.at :]), dim=1)

@@ -1,0 +1,1 @@
+"""Point-cloud backbones; the keys of their state dicts are those of the official checkpoints."""
