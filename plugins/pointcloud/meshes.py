@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def read_mesh(path: Path) -> tuple[Array, Array]:
         raise MissingExtraError(
             f"{path.suffix} files need trimesh. Run: pip install 'peft-suite[pointcloud]'"
         ) from error
-    mesh = trimesh.load(path, process=False, force="mesh", skip_materials=True)
+    mesh: Any = trimesh.load(path, process=False, force="mesh", skip_materials=True)
     faces = getattr(mesh, "faces", None)
     if faces is None or not len(faces):
         raise UnreadableError(f"a mesh without faces ({len(getattr(mesh, 'vertices', ()))} vertices)")

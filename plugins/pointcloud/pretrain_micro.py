@@ -64,7 +64,7 @@ class Masked(nn.Module):
         geometry = self.backbone.group_divider(points)
         groups = kernels.group_points(geometry.groups.flatten(2), order.unsqueeze(2)).squeeze(2)  # [B, G, S * 3]
         centers = kernels.gather_points(geometry.centers, order)
-        visible = groups[:, : self.seen].unflatten(2, (-1, 3))
+        visible = groups[:, : self.seen].reshape(len(groups), self.seen, -1, 3)
         tokens = self.backbone.reduce_dim(self.backbone.encoder(visible))
         pos = self.backbone.pos_embed(centers[:, : self.seen])
         tokens = self.backbone.norm(self.backbone.blocks(tokens, pos, geometry))
@@ -125,7 +125,8 @@ def thinned(points: Array, count: int) -> Array:
 def unit(points: Tensor) -> Tensor:
     """Every cloud's mean to 0 and its farthest point to distance 1."""
     points = points - points.mean(1, keepdim=True)
-    return points / points.norm(dim=2).amax(1)[:, None, None]
+    scaled: Tensor = points / points.norm(dim=2).amax(1)[:, None, None]
+    return scaled
 
 
 def train(model: Masked, partial: Path, seed: int, steps: int, state: Mapping[str, Any] | None, lr: float) -> None:

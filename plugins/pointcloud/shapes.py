@@ -68,7 +68,7 @@ def torus(rng: Rng) -> list[Body]:
     """A ring, whole or a piece of one."""
     thick = rng.uniform(0.1, 0.45)
     part = box(2, 2, 1).at(0, 0, rng.uniform(0.9, 1.6)).away()
-    whole = ring(1 - thick / 2, thick).turned(0, 90 * rng.integers(2))
+    whole = ring(1 - thick / 2, thick).turned(0, 90 * int(rng.integers(2)))
     return [whole, *([part] if rng.random() < 0.4 else [])]
 
 
@@ -85,7 +85,7 @@ def star(rng: Rng) -> list[Body]:
     """A star or a regular polygon, pushed."""
     corners = int(rng.integers(3, 9))
     inner = rng.uniform(0.3, 0.8) if rng.random() < 0.6 else 0.0
-    return [prism(regular(corners, 1, inner), rng.uniform(0.15, 0.9)).turned(0, 90 * rng.integers(2))]
+    return [prism(regular(corners, 1, inner), rng.uniform(0.15, 0.9)).turned(0, 90 * int(rng.integers(2)))]
 
 
 def beam(rng: Rng) -> list[Body]:

@@ -124,7 +124,8 @@ class Body:
         x, y, z = ((points - self.origin) @ self.frame.T).T
         if not self.half:
             return _within(self.outline, np.hypot(x, z), y)
-        return (np.abs(z) < self.half) & _within(self.outline, x, y)
+        inside: Array = (np.abs(z) < self.half) & _within(self.outline, x, y)
+        return inside
 
     def _fill(self, count: int, rng: np.random.Generator) -> Array:
         """Points ``[count, 2]`` of the polygon's area."""

@@ -112,7 +112,8 @@ class DynamicAdapter(Part):
         h = F.gelu(self.down(n))
         if self.dropout is not None:
             h = self.dropout(h)
-        return F.relu(self.gate(n)) * self.up(h)
+        out: Tensor = F.relu(self.gate(n)) * self.up(h)
+        return out
 
     def forward(self, out: Tensor, y: Tensor, geometry: Any) -> tuple[Tensor, Tensor]:
         """``out, y: [B, N, D]``: what the MLP gives and what it has read."""

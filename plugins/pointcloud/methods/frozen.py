@@ -24,7 +24,8 @@ def view(module: nn.Module) -> nn.Module:
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
     twin.__dict__.update(_parameters=module._parameters, _buffers=module._buffers, training=False)
     twin.__dict__["_modules"] = {n: None if m is None else view(m) for n, m in module._modules.items()}
-    return twin
+    found: nn.Module = twin
+    return found
 
 
 class FrozenView:

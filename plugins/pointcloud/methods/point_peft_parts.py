@@ -205,7 +205,8 @@ class OfMlp(Part):
 
     def forward(self, u: Tensor) -> Tensor:
         """``u: [B, N, D]``."""
-        return u + self.scale * self.adapter(u)
+        out: Tensor = u + self.scale * self.adapter(u)
+        return out
 
 
 class Mixing(nn.Module):
@@ -229,7 +230,8 @@ class Mixing(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, scale=self.width**-0.5)  # [T M, heads, S, head width]
         n = drop_path(self.proj(mixed.transpose(1, 2).reshape(t * m, s, self.width)))
         together = n.view(t, m, s, -1) + kernels.group_points(rows, near)
-        return together.max(2).values
+        pooled: Tensor = together.max(2).values
+        return pooled
 
 
 class Aggregate(Part):

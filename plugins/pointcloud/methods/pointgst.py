@@ -155,7 +155,7 @@ class SpectralAdapter(Part):
         s = transforms.to(t.dtype) @ t  # [B, 2G, r]
         n = torch.cat((self.norm_global(s[:, :g]), self.norm_local(s[:, g:])), dim=1)
         t = transforms.mT.to(t.dtype) @ (s + F.silu(self.mix(n)))  # [B, G, r], the sum of both
-        before, patches, behind = torch.split(h, (self.prefix, g, h.shape[1] - self.prefix - g), dim=1)
+        before, patches, behind = torch.split(h, [self.prefix, g, h.shape[1] - self.prefix - g], dim=1)
         out: Tensor = self.up(torch.cat((before, patches + t, behind), dim=1))
         return out
 

@@ -80,7 +80,7 @@ class ScaleShift(Part):
         if self.guess and x.shape[-1] == self.scale.numel():
             return x * self.scale.flatten() + self.shift.flatten()
         if self.recover and self.scale.requires_grad and torch.is_grad_enabled() and _divisible(self.scale, self.shift):
-            y: Tensor = _KeepOutput.apply(x, self.scale, self.shift)
+            y: Tensor = _KeepOutput.apply(x, self.scale, self.shift)  # type: ignore[no-untyped-call]
             return y
         return x * self.scale + self.shift
 
