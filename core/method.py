@@ -80,6 +80,11 @@ class Method(Generic[C]):
         raise NotImplementedError(f"{type(self).__name__} does not define build()")
 
     @property
+    def decision(self) -> str:
+        """What ``calibrate`` decided, in one line for people; "" before it and where it decides nothing."""
+        return ""
+
+    @property
     def pending(self) -> int:
         """Values that ``calibrate`` has yet to place, for plans."""
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,6 +135,16 @@ def _fields(target: str, preset: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def _decision(config: Mapping[str, Any]) -> str:
+    """What the method's calibration decided; "" where the method is not installed."""
+    from peft_suite.method import make_method
+
+    try:
+        return make_method({"name": config.get("method"), **(config.get("method_config") or {})}).decision
+    except PeftSuiteError:
+        return ""
+
+
 def info(
     adapter: Annotated[Path, typer.Argument(help="Directory that train or save() wrote.")], json: Json = False
 ) -> None:
@@ -147,10 +158,12 @@ def info(
     metadata = config.get("metadata") or {}
     backbone, classes = metadata.get("backbone") or {}, metadata.get("classes") or []
     frozen = config.get("backbone") or {}
+    fields = {k: v if len(str(v)) <= 200 else "..." for k, v in (config.get("method_config") or {}).items()}
     shown = ", ".join(map(str, classes[:12])) + (f" and {len(classes) - 12} more" if len(classes) > 12 else "")
     values = {
         "method": config.get("method"),
-        "fields": config.get("method_config"),
+        "fields": fields,
+        "calibrated": _decision(config),
         "provided by": config.get("provided_by"),
         "backbone": backbone.get("name"),
         "checkpoint": backbone.get("checkpoint"),

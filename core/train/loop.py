@@ -211,6 +211,9 @@ class _Training:
             enabled=show, epochs=self.recipe.epochs, steps=self.steps, epoch=self.epoch, metric=self.task.primary
         )
         self.display.say(describe_groups(self.optimizer))
+        for adapter in self.events.adapters:
+            if adapter.method.decision:
+                self.display.say(f"{adapter.method.name}: {adapter.method.decision}")
         if state is not None:
             self.display.say(f"resumed from {self.saved_at}")
 

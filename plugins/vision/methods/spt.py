@@ -263,6 +263,17 @@ class _SPT(Method[C], Generic[C]):
         )
 
     @property
+    def decision(self) -> str:
+        plan = self.config.plan
+        if plan is None:
+            return ""
+        single = sum(count for _, count in plan.entries)
+        return (
+            f"{plan.total:,} values of {self.config.budget}: {len(plan.matrices)} matrices of rank {self.config.rank}, "
+            f"{len(plan.vectors)} vectors, {single:,} single entries"
+        )
+
+    @property
     def pending(self) -> int:
         """The budget less the class token, before calibration."""
         return max(self.config.values - self.certain, 0) if self.config.plan is None else 0
