@@ -292,6 +292,16 @@ def test_attention_is_never_dropped() -> None:
     assert all(seen)
 
 
+def test_partial_merge_leaves_the_frozen_blocks_to_the_memory() -> None:
+    model = shaken(tuned())
+    x = clouds()
+    wanted = model(x)
+    ps.merge(model, partial=True)
+    assert torch.allclose(model(x), wanted, atol=1e-5)
+    kinds = {type(e.part).__name__ for e in model.adapters["default"].edits}
+    assert "Apart" in kinds and not any("cls_head" in e.key for e in model.adapters["default"].edits)
+
+
 # refusals ------------------------------------------------------------------------------------------------------------
 
 

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 
 from peft_suite.adapter import Adapter
-from peft_suite.anatomy import Anatomy, Point
+from peft_suite.anatomy import Anatomy, Point, Weight
 from peft_suite.config import MethodConfig
 from peft_suite.errors import AdapterError, ConfigError, UnsupportedError
 from peft_suite.method import Capabilities, Editor, Method
 from peft_suite.pointcloud.methods.frozen import FrozenView
 from peft_suite.pointcloud.methods.point_peft_parts import (
     Aggregate,
+    Apart,
     Bank,
     Enough,
     Idle,
@@ -194,9 +195,13 @@ class PointPEFT(Method[PointPEFTConfig]):
         for block in anatomy.blocks:
             paths = [block.points[n].path for n in ("norm1", "norm2")]
             paths += [block.weights[n].path for n in ("o", "fc1", "fc2") if n in block.weights]
-            edit.own(f"{path}.bias" for path in paths if getattr(edit.module(path), "bias", None) is not None)
+            for path in paths:
+                if getattr(edit.module(path), "bias", None) is not None:
+                    edit.reweigh(Weight(path), Apart(edit.module(path), ("bias",), edit.device), "trained")
         assert anatomy.norm is not None
-        edit.own(f"{anatomy.norm.path}.{n}" for n, _ in edit.module(anatomy.norm.path).named_parameters())
+        norm = edit.module(anatomy.norm.path)
+        names = tuple(name for name, _ in norm.named_parameters(recurse=False))
+        edit.reweigh(Weight(anatomy.norm.path), Apart(norm, names, edit.device), "trained")
 
     def calibrate(self, adapter: Adapter, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Method[Any]:
         """One pass of the frozen model over the clouds of ``batches``; what follows it in ``loss`` does not run.

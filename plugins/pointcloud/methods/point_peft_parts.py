@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_suite import kernels
-from peft_suite.edits import Part
+from peft_suite.edits import Part, Trained
 from peft_suite.pointcloud.methods.frozen import FrozenView
 from peft_suite.pointcloud.models.geometry import Geometry, Grouping
 from peft_suite.pointcloud.models.layers import DropPath
@@ -194,6 +194,12 @@ class Undropped(Part):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """``y, x: [B, N, D]``."""
         return x
+
+
+class Apart(Trained):
+    """Trained biases and norms of blocks that never fold: the memory is of the frozen blocks, which keep their own."""
+
+    foldable = False
 
 
 class OfMlp(Part):
