@@ -104,6 +104,8 @@ class Anatomy:
         idle: full names of parameters that do not reach the output; no method trains them.
         no_prompts: why extra tokens cannot be carried; empty when they can.
         causal: a token sees itself and earlier ones only, so that what comes last is seen by nothing.
+        queries: blocks treat the prefix tokens by their place, so nothing may stand before them.
+        taps: the outputs of several blocks are read together, so tokens that enter late may not flow on.
         reentrant: the model is set to reentrant gradient checkpointing, which loses gradients of adapters.
     """
 
@@ -131,6 +133,8 @@ class Anatomy:
     idle: tuple[str, ...] = ()
     no_prompts: str = ""
     causal: bool = False
+    queries: bool = False
+    taps: bool = False
     reentrant: bool = False
 
     def need_blocks(self, method: str) -> tuple[Block, ...]:

@@ -39,6 +39,7 @@ def describe(model: ReCon) -> Anatomy:
         norms=norms(model),
         fresh=under(model, ("cls_head_finetune.", *(_TOKENS if model.fresh_tokens else ()))),
         prefix_tokens=3,
+        queries=True,
         class_token="cls_token",
         patch_values=3 * model.group_divider.size,
         functionals=FUNCTIONALS,

@@ -22,6 +22,7 @@ def describe(model: PartSegmenter) -> Anatomy:
     return Anatomy(
         family="point-segmenter",
         dim=dim,
+        taps=True,
         blocks=tuple(pre_norm_block(model, f"blocks.blocks.{i}", dim) for i in range(len(model.blocks.blocks))),
         embed=Point("embed", dim),
         stem=sites(model, "encoder", "pos_embed"),

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from peft_suite.anatomy import Anatomy, Weight
 from peft_suite.config import MethodConfig
 from peft_suite.edits import Part
+from peft_suite.errors import UnsupportedError
 from peft_suite.method import Capabilities, Editor, Method
 from peft_suite.pointcloud.methods.features import give_feature, insert, need_cloud_classifier, place_of_prompts
 from peft_suite.vision.methods.ssf import NormScaleShift, ScaleShift
@@ -163,6 +164,10 @@ class DAPT(Method[DAPTConfig]):
         """
         config, dim, at = self.config, anatomy.dim, place_of_prompts(anatomy)
         need_cloud_classifier(anatomy, edit, "dapt")
+        if anatomy.queries and not config.class_token:
+            raise UnsupportedError(
+                f"dapt(class_token=False): nothing would read what is trained for {anatomy.family}'s queries. Keep it."
+            )
         blocks = anatomy.need_blocks("dapt")
         assert anatomy.embed is not None and anatomy.norm is not None
         edit.after(anatomy.embed, PatchScaleShift(dim, anatomy.prefix_tokens), "dapt_scale")

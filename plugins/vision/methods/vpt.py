@@ -167,6 +167,15 @@ class VPT(Method[VPTConfig]):
         options = self._options(anatomy.dim, anatomy) | {"at": at}
         start, stop = self._range(len(blocks), anatomy.family) if config.deep else (0, 1)
         flows = config.flow or not config.deep
+        if at == 0 and anatomy.queries:
+            raise UnsupportedError(
+                f"vpt(position=start): {anatomy.family} finds its queries at the start. Choose end or after_prefix."
+            )
+        if flows and start and anatomy.taps:
+            raise UnsupportedError(
+                f"vpt(flow=True) from block {start} on: {anatomy.family} reads the outputs of several blocks, whose "
+                "lengths would differ. Choose flow=False, or first_block=0."
+            )
         first: WithPosition | None = None
         last: WithPosition | None = None
         for i, block in enumerate(blocks[start:], start):
