@@ -64,8 +64,7 @@ def _foldable(model: nn.Module, adapters: Adapters) -> tuple[list[Edit], list[Ed
     """Split the active edits into (cannot fold, can fold), in folding order: weight, after, before.
 
     Within a kind the order is that of activation, for ``before`` its reverse: an input edit folds into the weight that
-    everything else has made. What acts on a weight or an output after an edit that stays cannot fold either, and
-    nothing can beside a method that computes with the frozen weights.
+    everything else has made. What acts on a weight or an output after an edit that stays cannot fold either.
     """
     stuck: list[Edit] = []
     folded: list[Edit] = []
@@ -73,9 +72,8 @@ def _foldable(model: nn.Module, adapters: Adapters) -> tuple[list[Edit], list[Ed
     ordered = copies_first(e for n in adapters.active for e in adapters[n].edits)
     inputs = [e for e in reversed(ordered) if e.kind == "before"]
     others = sorted((e for e in ordered if e.kind != "before"), key=lambda e: _ORDER[e.kind])  # stable
-    fixed = any(adapters[n].method.capabilities.reads_frozen for n in adapters.active)
     for edit in [*others, *inputs]:
-        if fixed or edit.path in blocked or not folds(model, edit):
+        if edit.path in blocked or not folds(model, edit):
             stuck.append(edit)
             if edit.kind not in ("branch", "inside"):
                 blocked.add(edit.path)

@@ -38,7 +38,6 @@ class Capabilities:
         trains_base_entries: its values stand in for entries of frozen weights.
         needs_calibration: ``calibrate`` must see batches before training.
         calibrates_on_all: it wants all training samples, not the recipe's ``calibration_batches``.
-        reads_frozen: it computes with the frozen weights too, so nothing folds into them while it is attached.
         forward_only: trained without backward.
         backbone_eval: backbone dropout and drop path stay off while training.
     """
@@ -50,7 +49,6 @@ class Capabilities:
     trains_base_entries: bool = False
     needs_calibration: bool = False
     calibrates_on_all: bool = False
-    reads_frozen: bool = False
     forward_only: bool = False
     backbone_eval: bool = False
 

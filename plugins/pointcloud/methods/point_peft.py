@@ -119,7 +119,6 @@ class PointPEFT(Method[PointPEFTConfig]):
             needs_geometry=True,
             needs_calibration=self.config.memory is None,
             calibrates_on_all=True,
-            reads_frozen=True,
         )
 
     def build(self, anatomy: Anatomy, edit: Editor) -> None:
