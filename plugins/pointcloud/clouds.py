@@ -22,6 +22,7 @@ from peft_suite.pointcloud.formats import Array, Cloud, UnreadableError, fault, 
 from peft_suite.pointcloud.listing import Sample
 from peft_suite.pointcloud.sampling import Rule, in_order, oversampled, random_subset, repeated
 from peft_suite.pointcloud.transforms import Augment, Preprocess
+from peft_suite.train.splitting import refuse_unusable
 
 __all__ = ["CloudDataset", "Reading", "verify"]
 
@@ -198,12 +199,7 @@ def verify(
             cache.append(result)
             cache = cache if used <= cache_bytes else None
     if bad and not skip:
-        listing = "; ".join(f"{name!r} ({reason})" for name, reason in bad[:5])
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-        advice = (
-            "Repair or remove them." if split == "input" else "Repair or remove them, or set skip_bad (--skip-bad)."
-        )
-        raise DataError(f"{len(bad)} of {len(samples)} {split} clouds cannot be used: {listing}{more}. {advice}")
+        refuse_unusable(bad, len(samples), split, "clouds cannot be used")
     return good, cache, bad
 
 

@@ -8,7 +8,6 @@ farthest points are found once and the others forgotten. What a training epoch d
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 from collections import Counter
@@ -27,6 +26,7 @@ from peft_suite.pointcloud.formats import EXTENSIONS, parse_columns
 from peft_suite.pointcloud.listing import Listing, Sample, layout_classes, read_layout
 from peft_suite.pointcloud.transforms import CHANNELS, Preprocess, parse_augment, thumbnail_png
 from peft_suite.pointcloud.views import ViewsConfig
+from peft_suite.train import splitting
 from peft_suite.train.contracts import DataConfig, DataSplits
 
 __all__ = ["CloudDataset", "PointDataConfig", "PointSource", "source"]
@@ -337,10 +337,7 @@ def fingerprint(listing: Listing, root: str) -> str:
             if sample.path not in sizes:
                 sizes[sample.path] = os.path.getsize(sample.path) if sample.path else 0
             rows.append((split, sample.name, str(sample.label), str(sizes[sample.path])))
-    digest = hashlib.sha256()
-    for row in sorted(rows):
-        digest.update("\t".join(row).encode() + b"\n")
-    return digest.hexdigest()
+    return splitting.digest_of(rows)
 
 
 def hold_out(listing: Listing, config: PointDataConfig) -> None:
@@ -348,14 +345,7 @@ def hold_out(listing: Listing, config: PointDataConfig) -> None:
     for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if split in listing.splits or not fraction:
             continue
-        train: list[Sample] = []
-        held: list[Sample] = []
-        for label, group in _groups(listing.splits["train"]).items():
-            shuffled = group[:]
-            random.Random(f"{split}/{config.split_seed}/{label}").shuffle(shuffled)
-            count = min(len(group) - 1, max(1, round(fraction * len(group))))
-            held += shuffled[:count]
-            train += shuffled[count:]
+        held, train = splitting.hold_out(_groups(listing.splits["train"]), fraction, f"{split}/{config.split_seed}")
         if held:
             listing.splits[split], listing.splits["train"] = held, train
             if "train" in listing.readers:

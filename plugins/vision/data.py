@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from peft_suite.errors import DataError, UnknownNameError
+from peft_suite.train import splitting
 from peft_suite.train.contracts import DataConfig, DataSplits
 from peft_suite.vision import digits
 from peft_suite.vision.images import ImageDataset, verify
@@ -267,10 +268,7 @@ def _fingerprint(listing: Listing, root: str, caches: Mapping[str, Any]) -> str:
                 cache = caches.get(split)
                 size = hashlib.sha256(cache[i].tobytes()).hexdigest() if cache is not None else ""
             rows.append((split, sample.name, ",".join(map(str, sample.labels)), size))
-    digest = hashlib.sha256()
-    for row in sorted(rows):
-        digest.update("\t".join(row).encode() + b"\n")
-    return digest.hexdigest()
+    return splitting.digest_of(rows)
 
 
 def _keys(samples: Sequence[Sample]) -> list[int]:
@@ -291,14 +289,7 @@ def _hold_out(listing: Listing, config: ImageDataConfig) -> None:
     for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if split in listing.splits or not fraction:
             continue
-        train: list[Sample] = []
-        held: list[Sample] = []
-        for key, group in _groups(listing.splits["train"]).items():
-            shuffled = group[:]
-            random.Random(f"{split}/{config.split_seed}/{key}").shuffle(shuffled)
-            count = min(len(group) - 1, max(1, round(fraction * len(group))))
-            held += shuffled[:count]
-            train += shuffled[count:]
+        held, train = splitting.hold_out(_groups(listing.splits["train"]), fraction, f"{split}/{config.split_seed}")
         if held:
             listing.splits[split] = held
             listing.splits["train"] = train

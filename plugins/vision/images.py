@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from peft_suite.errors import DataError
+from peft_suite.train.splitting import refuse_unusable
 from peft_suite.vision.lists import Sample
 from peft_suite.vision.transforms import (
     Preprocess,
@@ -153,12 +154,7 @@ def verify(
             cache.append(result)
             cache = cache if used <= CACHE_BYTES else None
     if bad and not skip:
-        listing = "; ".join(f"{name!r} ({reason})" for name, reason in bad[:5])
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-        advice = (
-            "Repair or remove them." if split == "input" else "Repair or remove them, or set skip_bad (--skip-bad)."
-        )
-        raise DataError(f"{len(bad)} of {len(samples)} {split} images cannot be read: {listing}{more}. {advice}")
+        refuse_unusable(bad, len(samples), split, "images cannot be read")
     return good, cache, bad
 
 
