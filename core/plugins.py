@@ -131,6 +131,8 @@ class Plugin:
         recipes: ``"module:object"``, a :class:`peft_suite.train.suites.Book` of suites and recipes.
         demo: ``"module:function"`` behind ``peft-suite demo NAME``.
         example: ``(backbone, data)`` that work without a download; they stand in the examples of ``--help``.
+        doctor: ``"module:function"`` that returns further rows for ``peft-suite doctor``; called when nothing of
+            ``requires`` is missing.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Plugin:
     recipes: str = ""
     demo: str = ""
     example: tuple[str, str] = ("", "")
+    doctor: str = ""
 
     def for_task(self, task: str) -> Plugin:
         """The plugin with the backbones and data of a task; itself for "".

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_suite.errors import PeftSuiteError
-from peft_suite.plugins import plugins
+from peft_suite.plugins import plugins, resolve
 
 __all__ = ["KNOWN_GOOD", "examine"]
 
@@ -111,6 +111,11 @@ def _plugins() -> list[dict[str, str]]:
             )
         else:
             rows.append(_row("plugin", item.name, "ok", f"{source}, {len(item.plugin.methods)} methods"))
+            if item.plugin.doctor:
+                try:
+                    rows.extend(resolve(item.plugin.doctor)())
+                except Exception as error:
+                    rows.append(_row("plugin", f"{item.name}: doctor", "broken", str(error)))
     return rows
 
 

@@ -26,7 +26,7 @@ from peft_suite.plugins import Plugin, resolve
 if TYPE_CHECKING:
     from peft_suite.train.config import RunConfig
 
-__all__ = ["add_to"]
+__all__ = ["add_to", "check_fields", "show_comparison", "with_default_backbone"]
 
 _Words = Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Any field, such as recipe.lr=1e-3.")]
 _Config = Annotated[Path | None, typer.Option("--config", help="YAML file with the same names as the flags' fields.")]
@@ -64,7 +64,7 @@ _EXAMPLES = {  # with the plugin's own backbone and data, so that they run as th
     "backbones": "backbones '*small*'",
     "datasets": "datasets --json",
 }
-_SUITE_EXAMPLES = {"recipes": "recipes --suite vtab"}
+_SUITE_EXAMPLES = {"recipes": "recipes --json"}
 
 
 def add_to(app: typer.Typer, plugin: Plugin) -> None:
@@ -162,8 +162,8 @@ def train(
         config = out / "config.yaml"
     start = recipe_fields(plugin, recipe, task)
     flags["task"] = None if recipe else task  # a recipe's task is spelled out by its suite
-    chosen = _with_default_backbone(plugin, assemble(plugin.name, config, flags, words or (), start))
-    _check(plugin, chosen)
+    chosen = with_default_backbone(plugin, assemble(plugin.name, config, flags, words or (), start))
+    check_fields(plugin, chosen)
     if dry_run:
         _show_plan(_make_plan(plugin, chosen, None).to_dict())
         typer.echo(dump(chosen))
@@ -241,7 +241,7 @@ def bench(
             available=available,
         )
         for job in jobs:
-            _check(plugin, _with_default_backbone(plugin, job.config))
+            check_fields(plugin, with_default_backbone(plugin, job.config))
         from peft_suite.train.grid import run_jobs
 
         with on_interrupt(again):
@@ -277,12 +277,12 @@ def _grid(
     quiet: bool,
 ) -> list[dict[str, Any]]:
     """The grid of methods and data that the flags spell out."""
-    base = _with_default_backbone(plugin, base)
+    base = with_default_backbone(plugin, base)
     roots = list(data or ()) or [str(base.data.get("root") or "")]
     tasks = _tasks(roots)
     for method in chosen:
         for root in roots:
-            _check(plugin, base.replace(method=method, data={**base.data, "root": root}))
+            check_fields(plugin, base.replace(method=method, data={**base.data, "root": root}))
     from peft_suite.train import bench as grid
 
     with on_interrupt(again):
@@ -330,7 +330,8 @@ def _default(plugin: Plugin) -> str:
     return str(getattr(resolve(plugin.backbones, plugin), "default", ""))
 
 
-def _with_default_backbone(plugin: Plugin, config: RunConfig) -> RunConfig:
+def with_default_backbone(plugin: Plugin, config: RunConfig) -> RunConfig:
+    """The configuration with the plugin's default backbone where it names none; ConfigError without a default."""
     ready(plugin)
     name = config.backbone.name or _default(plugin)
     if not name:
@@ -340,7 +341,7 @@ def _with_default_backbone(plugin: Plugin, config: RunConfig) -> RunConfig:
     return config.replace(backbone=config.backbone.replace(name=name))
 
 
-def _check(plugin: Plugin, config: RunConfig) -> None:
+def check_fields(plugin: Plugin, config: RunConfig) -> None:
     """Method and data fields are right, before anything is written or loaded."""
     ready(plugin, "data")
     from peft_suite.method import make_method
@@ -354,7 +355,7 @@ def _check(plugin: Plugin, config: RunConfig) -> None:
 
 def _make_plan(plugin: Plugin, config: RunConfig, classes: int | None) -> Any:
     plugin = plugin.for_task(config.task)
-    config = _with_default_backbone(plugin, config)
+    config = with_default_backbone(plugin, config)
     import peft_suite as ps
 
     if config.data.get("root"):

@@ -31,6 +31,7 @@ from peft_suite.storage import write_bytes
 __all__ = ["data_uri", "facts", "group_page", "render", "rows_as_csv", "run_page"]
 
 EXAMPLES = 24
+_MIME = {b"\x89PNG": "image/png", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
 _NONE = "\N{EN DASH}"
 _COLUMNS = (
     "task",
@@ -338,19 +339,20 @@ def _per_class(
 def _examples(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     classes = [str(c) for c in section(run.data, "data").get("classes") or ()]
     try:
-        images = json.loads((run.path / "examples.json").read_text("utf-8")).get("png") or []
+        stored = json.loads((run.path / "examples.json").read_text("utf-8"))
+        images, sounds = stored.get("png") or [], stored.get("audio") or []
     except (OSError, ValueError, AttributeError):
-        images = []
+        images, sounds = [], []
     right: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []
     for index, example in enumerate(run.data.get("examples") or ()):
         if not isinstance(example, Mapping):
             continue
-        image = images[index] if index < len(images) and isinstance(images[index], str) else ""
         side = right if example.get("correct") else wrong
         side.append(
             {
-                "image": f"data:image/png;base64,{image}" if _is_base64(image) else "",
+                "image": _attached(images, index, "image"),
+                "sound": _attached(sounds, index, "audio"),
                 "name": str(example.get("name") or ""),
                 "target": _label(example.get("target"), classes),
                 "prediction": _label(example.get("prediction"), classes),
@@ -360,11 +362,15 @@ def _examples(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return right[:EXAMPLES], wrong[:EXAMPLES]
 
 
-def _is_base64(text: str) -> bool:
+def _attached(texts: Sequence[Any], index: int, kind: str) -> str:
+    """A picture or sound stored as base64, as part of a page; "" where there is none or it is something else."""
+    text = texts[index] if index < len(texts) else None
     try:
-        return bool(text) and base64.b64decode(text, validate=True)[:4] == b"\x89PNG"
+        magic = base64.b64decode(text, validate=True)[:4] if isinstance(text, str) else b""
     except ValueError:
-        return False
+        return ""
+    mime = _MIME.get(magic, "")
+    return f"data:{mime};base64,{text}" if mime.startswith(kind) else ""
 
 
 def _label(value: Any, classes: Sequence[str]) -> str:

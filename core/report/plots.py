@@ -22,7 +22,7 @@ from peft_suite.report.records import number, numbers, primary_name, section
 __all__ = ["confusion", "curves", "tradeoffs"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A", "#B8A800")
-MARKERS = "osD^vP*X<>hd"
+MARKERS = "osD^vPpX<>hd"
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 9.5,

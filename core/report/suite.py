@@ -26,7 +26,7 @@ def suite_page(root: Path) -> Path:
     """Write ``comparison.html``, ``.json``, ``.csv`` and ``.png`` over the runs that ``suite.json`` plans.
 
     A mean is over the tasks that have a finished run; where some have none, the page says of how many it is. The spread
-    is that of the mean over seeds.
+    is that of the mean over seeds, or with ``"spread": "tasks"`` that of the tasks, as for folds.
     """
     facts_of = _read(root)
     groups: dict[str, list[str]] = {str(k): [str(t) for t in v] for k, v in facts_of["groups"].items()}
@@ -42,7 +42,8 @@ def suite_page(root: Path) -> Path:
             mine = [r for plan, r in runs if (plan["task"], plan["method"]) == (task, method["label"])]
             if mine:
                 cells[task, method["label"]] = Group(task, method["label"], mine).row(metric)
-    means = [_mean_row(m, groups, cells) for m in methods]
+    over_tasks = facts_of.get("spread") == "tasks"  # folds of one task
+    means = [_mean_row(m, groups, cells, over_tasks) for m in methods]
     picture = _picture(means, groups, metric)
     record = {
         "format": 1,
@@ -60,6 +61,7 @@ def suite_page(root: Path) -> Path:
         count=len(_flat(groups)),
         methods=methods,
         means=means,
+        over_tasks=over_tasks,
         cells=cells,
         best={t: _best([cells[t, m["label"]] for m in methods if (t, m["label"]) in cells]) for t in _flat(groups)},
         columns=[*groups, MEAN_OF_GROUPS, MEAN_OF_TASKS] if len(groups) > 1 else [MEAN_OF_TASKS],
@@ -122,7 +124,10 @@ def _flat(groups: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def _mean_row(
-    method: Mapping[str, Any], groups: Mapping[str, Sequence[str]], cells: Mapping[tuple[str, str], Mapping[str, Any]]
+    method: Mapping[str, Any],
+    groups: Mapping[str, Sequence[str]],
+    cells: Mapping[tuple[str, str], Mapping[str, Any]],
+    over_tasks: bool = False,
 ) -> dict[str, Any]:
     """Means of one method: by group, of the groups' means and of all tasks, with costs averaged over tasks."""
     own = {task: cells[task, method["label"]] for task in _flat(groups) if (task, method["label"]) in cells}
@@ -133,6 +138,8 @@ def _mean_row(
         seeds = sorted(set.intersection(*(set(scored[t]) for t in done))) if done else []
         per_seed = [statistics.fmean(scored[t][seed] for t in done) for seed in seeds]
         result[name] = _summary(_mean(own[t]["mean"] for t in done), per_seed, len(done), len(tasks))
+        if over_tasks:
+            result[name]["std"] = statistics.stdev(own[t]["mean"] for t in done) if len(done) > 1 else None
     known = [result[g] for g in groups if result[g]["mean"] is not None]
     every = [g["per_seed"] for g in known]
     per_seed = [statistics.fmean(v) for v in zip(*every, strict=True)] if len({len(v) for v in every}) == 1 else []

@@ -178,13 +178,17 @@ def check_decay_names(case: Case) -> None:
 def check_batch_statistics(case: Case) -> None:
     """Frozen batch-norm statistics stay while training; with ``batchnorm="train"`` they move and are saved."""
     model, batch = case.backbone()
+    new = set(case.anatomy().fresh)
     norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
     if not norms:
         raise LeftOut("the backbone has no batch norm")
-    # backbone_eval=True: the statistics do not move even when they may
-    for mode in ("frozen",) if case.capabilities.backbone_eval else ("frozen", "train"):
+    # backbone_eval=True: the statistics do not move even when they may; those of fresh layers always move
+    never = case.capabilities.backbone_eval or all(f"{name}.weight" in new for name in norms)
+    for mode in ("frozen",) if never else ("frozen", "train"):
         model, batch = case.backbone()
         base = state(model)
         with seeded(1):

@@ -97,7 +97,8 @@ def check_functional_call(case: Case) -> None:
     model, batch = case.adapted()
     start = outputs(model, batch)
     twin, _ = case.adapted(seed=8)
-    values = {f"adapters.default.{n}": p.detach() for n, p in adapter(twin).named_parameters()}
+    other = [*adapter(twin).named_parameters(), *adapter(twin).named_buffers()]
+    values = {f"adapters.default.{name}": value.detach() for name, value in other}
     with torch.no_grad():
         found = tensors(torch.func.functional_call(model, values, *arguments(batch)))
     assert_close(found, outputs(twin, batch), "functional_call with other values")

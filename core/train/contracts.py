@@ -92,11 +92,13 @@ class DataSplits:
         train, val, test: map-style data sets; val and test may be None.
         classes: class names in index order.
         fingerprint: hash of the file list, labels and sizes, for ``run.json``.
-        info: JSON-ready facts for the report (counts per class and split, skipped files, preprocessing).
+        info: JSON-ready facts for the report (counts per class and split, skipped files, preprocessing);
+            ``"no_validation"`` says in one sentence why there cannot be validation data.
         thumbnail: ``thumbnail(dataset, index) -> PNG bytes`` of the sample as a person would look at it.
         task: what is learnt, where it is not classification: a :class:`peft_suite.train.Task`.
         picture: ``picture(dataset, index, map) -> PNG bytes`` of a sample beside what the model drew for it.
         sample_name: ``sample_name(dataset, index) -> str``, a file name or id.
+        sound: ``sound(dataset, index) -> WAV or Ogg bytes`` of a few seconds, for the players of the report.
     """
 
     train: Dataset[Any] | None
@@ -110,6 +112,7 @@ class DataSplits:
     sample_name: Callable[[Any, int], str] | None = None
     task: Task | None = None
     picture: Callable[[Any, int, Tensor], bytes] | None = None
+    sound: Callable[[Any, int], bytes] | None = None
 
 
 class DataSource(Protocol):

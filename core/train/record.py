@@ -156,8 +156,12 @@ def choose_examples(outcome: Outcome, data: DataSplits, split: str, limit: int =
 def write_thumbnails(
     out: Path, data: DataSplits, examples: list[dict[str, Any]], maps: torch.Tensor | None = None
 ) -> None:
-    """``out/examples.json``: ``{"png": [base64 or null, ...]}`` in the order of ``run.json``'s examples."""
+    """``out/examples.json``: ``{"png": [base64 or null, ...]}`` in the order of ``run.json``'s examples.
+
+    Data with sounds adds ``"audio"``, a list of the same form.
+    """
     pictures: list[str | None] = []
+    sounds: list[str] = []
     for example in examples:
         dataset, index = getattr(data, example["split"]), example["index"]
         if data.picture and maps is not None:
@@ -165,7 +169,9 @@ def write_thumbnails(
         else:
             raw = data.thumbnail(dataset, index) if data.thumbnail else None
         pictures.append(base64.b64encode(raw).decode("ascii") if raw else None)
-    write_json(out / "examples.json", {"png": pictures}, indent=None)
+        if data.sound:
+            sounds.append(base64.b64encode(data.sound(dataset, index)).decode("ascii"))
+    write_json(out / "examples.json", {"png": pictures, **({"audio": sounds} if data.sound else {})}, indent=None)
 
 
 class PeakMemory:

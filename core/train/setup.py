@@ -52,9 +52,11 @@ def train_split(data: DataSplits) -> Dataset[Any]:
 
 def check_recipe(recipe: Recipe, data: DataSplits) -> None:
     if recipe.select == "val" and data.val is None:
-        raise ConfigError(
-            "Recipe.select = 'val', but there is no validation data. Set data.val_fraction=0.2 or select='last'."
+        why = str(data.info.get("no_validation", ""))
+        advice = (
+            "Take the last epoch: recipe.select=last." if why else "Set data.val_fraction=0.2 or recipe.select=last."
         )
+        raise ConfigError(f"Recipe.select = 'val', but there is no validation data. {why}{' ' * bool(why)}{advice}")
     if recipe.select == "test" and data.test is None:
         raise ConfigError("Recipe.select = 'test', but there is no test data. Use select='val' or select='last'.")
     if recipe.patience and recipe.select == "last":

@@ -23,17 +23,14 @@ attn.proj.*``.
 from __future__ import annotations
 
 import logging
-import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_suite.anatomy import anatomy_of
-from peft_suite.errors import BackboneMismatchError, FileFormatError
+from peft_suite.errors import BackboneMismatchError
+from peft_suite.weights import read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,56 +127,7 @@ def read(path: str) -> dict[str, Tensor]:
     Raises:
         FileFormatError: missing, a folder, truncated, or without tensors.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        inside = ", ".join(sorted(os.listdir(path))[:6]) if Path(path).is_dir() else ""
-        hint = f" It is a folder: name the weights file in it ({inside})." if Path(path).is_dir() else ""
-        raise FileFormatError(f"checkpoint = {path!r} is not a file.{hint}")
-    problems = (
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        RuntimeError,
-        OSError,
-        ValueError,
-    )
-    try:
-        if path.endswith(".safetensors"):
-            loaded: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals(_numbers()):
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except problems as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileFormatError(
-            f"checkpoint = {path!r} cannot be read: {reason} It must be a whole torch file (*.pth, *.pt) of tensors, "
-            "numbers and text, or a whole safetensors file (*.safetensors)."
-        ) from error
-    found = list(loaded) if isinstance(loaded, dict) else [type(loaded).__name__]
-    for key in _WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not loaded or not all(torch.is_tensor(v) for v in loaded.values()):
-        raise FileFormatError(
-            f"checkpoint = {path!r} holds no state dict of tensors under {', '.join(_WRAPPERS)} or at its top; found: "
-            f"{', '.join(map(str, found[:8]))}."
-        )
-    return dict(loaded)
-
-
-def _numbers() -> list[Any]:
-    """numpy's scalars, which epochs and accuracies in old files are made of; building one runs no code of a file."""
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(k)) for k in ("float64", "float32", "int64", "int32", "bool")]
-    old = ("numpy.core.multiarray.scalar", scalar)  # the name under which numpy 1 wrote it
-    return [scalar, (scalar, old[0]), np.dtype, *kinds]
+    return read_weights(path, _WRAPPERS)
 
 
 def convert(state: Mapping[str, Tensor]) -> Converted:
@@ -255,7 +203,7 @@ def _mismatch(
     differ = [name for name in mine if name != "num_classes" and theirs.get(name, mine[name]) != mine[name]]
     shapes = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
     parts = [
-        f"{len(keys)} {what}: {', '.join(keys)}"
+        f"{len(keys)} {what}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
         for what, keys in (
             ("keys missing in the file", lost),
             ("keys unknown to the model", foreign),
@@ -269,7 +217,10 @@ def _mismatch(
         head = (
             f"checkpoint = {path!r} holds a network of {held}, and this {model} has {asked}. Build the backbone with "
         )
-        return head + f"{', '.join(f'{n}={theirs[n]}' for n in differ)}, or choose another. {'; '.join(parts)}."
+        options = " ".join(f"backbone.options.{n}={theirs[n]}" for n in differ)
+        return (
+            head + f"{options} (and a number of heads that divides the width), or choose another. {'; '.join(parts)}."
+        )
     return (
         f"checkpoint = {path!r} does not fit {model}. {'; '.join(parts)}. Choose the backbone (and the options) that "
         "the file was made with."

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from peft_suite.errors import DataError, MissingExtraError
 from peft_suite.pointcloud.formats import Array, Cloud, UnreadableError, fault, parse
 from peft_suite.pointcloud.listing import Sample
 from peft_suite.pointcloud.sampling import Rule, in_order, oversampled, random_subset, repeated
 from peft_suite.pointcloud.transforms import Augment, Preprocess
-from peft_suite.train.splitting import refuse_unusable
+from peft_suite.train.epochs import EpochDataset
+from peft_suite.train.reading import read_all
 
 __all__ = ["CloudDataset", "Reading", "verify"]
-
-PROGRESS_FROM = 2000
 
 Reader = Callable[[Sample], Cloud]
 
@@ -86,7 +79,7 @@ class Reading:
         return max(self.point_all or oversampled(self.goal.num_points), self.goal.num_points)
 
 
-class CloudDataset(Dataset[Any]):
+class CloudDataset(EpochDataset):
     """Samples ``(points [num_points, 3 + channels], label)``; with ``targets=False`` just the points.
 
     Training clouds are drawn and changed by a random generator of (seed, epoch, index); others are the farthest points
@@ -112,25 +105,21 @@ class CloudDataset(Dataset[Any]):
         augment: Augment | None = None,
         seed: int = 0,
     ) -> None:
+        super().__init__(seed)
         self.samples, self.reading, self.cache, self.targets = samples, reading, cache, targets
-        self.train, self.augment, self.seed = train, augment or Augment(), seed
+        self.train, self.augment = train, augment or Augment()
         self.ignored = 0
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
         channels, self.normals = reading.goal.channels, -1
         if "normals" in channels:
             before = channels[: channels.index("normals")]
             self.normals = 3 + sum({"colors": 3, "intensity": 1}[c] for c in before)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the random numbers of drawing and augmentation; call it at the start of every epoch."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
         x = self.points(index)
-        rng = np.random.default_rng(self._seed(index)) if self.train or self.augment.steps else None
+        rng = np.random.default_rng(self.sample_seed(index)) if self.train or self.augment.steps else None
         picked = x[self.rows(x, rng)]
         if rng is not None and self.augment.steps:
             picked = self.augment(picked, rng, self.normals)
@@ -167,10 +156,6 @@ class CloudDataset(Dataset[Any]):
         """The label, without reading the cloud."""
         return self.samples[index].label
 
-    def _seed(self, index: int) -> int:
-        text = f"{self.seed}/{self._epoch.item()}/{index}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest())
-
 
 def verify(
     samples: Sequence[Sample],
@@ -185,26 +170,6 @@ def verify(
     """(readable samples, what ``read`` made of them if that is little, [(name, reason)] of the others)."""
     if not check:
         return list(samples), None, []
-    good: list[Sample] = []
-    bad: list[tuple[str, str]] = []
-    cache: list[Any] | None = []
-    used = 0
-    for sample, result in zip(samples, _results(samples, read, split, threads), strict=True):
-        if isinstance(result, str):
-            bad.append((sample.name, result))
-            continue
-        good.append(sample)
-        if cache is not None:
-            used += sum(a.nbytes for a in result) if isinstance(result, tuple) else result.nbytes
-            cache.append(result)
-            cache = cache if used <= cache_bytes else None
-    if bad and not skip:
-        refuse_unusable(bad, len(samples), split, "clouds cannot be used")
-    return good, cache, bad
-
-
-def _results(samples: Sequence[Sample], read: Callable[[Sample], Any], split: str, threads: int) -> Iterable[Any]:
-    """What ``read`` returns, or the reason why not, in order; computed in threads a chunk at a time."""
 
     def attempt(sample: Sample) -> Any:
         try:
@@ -216,12 +181,13 @@ def _results(samples: Sequence[Sample], read: Callable[[Sample], Any], split: st
         except Exception as error:  # arrays of odd shapes and the like
             return str(error) or type(error).__name__
 
-    stream = iter(samples)
-    if len(samples) >= PROGRESS_FROM and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        stream = iter(track(samples, f"Checking {len(samples)} {split} clouds", console=Console(stderr=True)))
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-        while chunk := list(islice(stream, 64)):
-            yield from pool.map(attempt, chunk)
+    return read_all(
+        samples,
+        attempt,
+        split,
+        "clouds",
+        "clouds cannot be used",
+        skip=skip,
+        threads=threads,
+        cache_bytes=cache_bytes,
+    )

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_suite.errors import DataError, UnknownNameError, closest
 from peft_suite.pointcloud.formats import EXTENSIONS, MESHES, Cloud
+from peft_suite.train.folders import VAL_NAMES, check_known, some
 
 if TYPE_CHECKING:
     from peft_suite.pointcloud.data import PointDataConfig
 
-__all__ = ["FORMATS", "Listing", "Sample", "check_known", "detect_format", "layout_classes", "read_layout", "some"]
+__all__ = [
+    "FORMATS",
+    "VAL_NAMES",
+    "Listing",
+    "Sample",
+    "check_known",
+    "detect_format",
+    "layout_classes",
+    "read_layout",
+    "some",
+]
 
 _AT = "peft_suite.pointcloud"
 READERS: Mapping[str, str] = {  # layout -> "module:reader"; a module may have classes(config) for a cheap answer
@@ -30,7 +41,6 @@ READERS: Mapping[str, str] = {  # layout -> "module:reader"; a module may have c
 }
 FORMATS = ("auto", *READERS)
 HDF5 = (".h5", ".hdf5")
-VAL_NAMES = ("val", "valid", "validation", "dev")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,28 +144,11 @@ def layout_classes(config: PointDataConfig) -> tuple[str, ...]:
     return result
 
 
-def check_known(split: str, names: Iterable[str], classes: Sequence[str]) -> None:
-    """Every class of a split must be one of train."""
-    extra = sorted(set(names) - set(classes))
-    if extra and split == "train":
-        raise DataError(f"Classes of train that are not in data.classes: {some(extra)}. {closest(extra[0], classes)}")
-    if extra:
-        raise DataError(
-            f"Classes in {split} that train does not have: {some(extra)}. {closest(extra[0], classes)} "
-            "Rename them, or list every class in data.classes."
-        )
-
-
 def named(config: PointDataConfig, usual: Sequence[str], where: str) -> tuple[str, ...]:
     """``data.classes`` if given, as many as the layout has, else its usual names."""
     if config.classes and len(config.classes) != len(usual):
         raise DataError(f"data.classes names {len(config.classes)} classes, and {where} has {len(usual)}.")
     return config.classes or tuple(usual)
-
-
-def some(names: Sequence[Any], limit: int = 6) -> str:
-    """The first names and how many more there are."""
-    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def expected() -> str:

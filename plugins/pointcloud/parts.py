@@ -31,6 +31,7 @@ from peft_suite.pointcloud.data import (
     reading_of,
 )
 from peft_suite.pointcloud.listing import Sample
+from peft_suite.pointcloud.part_pictures import part_picture
 from peft_suite.pointcloud.partlabels import IGNORE, Parts, read_parts
 from peft_suite.pointcloud.transforms import parse_augment, thumbnail_png
 from peft_suite.train.contracts import DataConfig, DataSplits
@@ -102,16 +103,18 @@ class PartSegmentation:
             )
 
     def reduce(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Per cloud: loss, right points, counted points, category, IoU of every part (NaN: of another category)."""
+        """Per cloud: loss, right points, counted points, category, IoU of every part (NaN: of another category), and
+        the predicted part of every point."""
         counts = part_counts(target, len(self.classes))
         category = self.categories(counts)
         known = target != IGNORE
         iou = torch.full((len(output), len(self.classes)), math.nan)
-        right = torch.zeros(len(output))
+        right, drawn = torch.zeros(len(output)), torch.zeros(target.shape)
         for i, c in enumerate(category.tolist()):
             own = torch.tensor(self.parts.ranges[c], device=output.device)
-            said = own[output[i][:, own].argmax(1)][known[i]]
-            true = target[i][known[i]]
+            every = own[output[i][:, own].argmax(1)]
+            drawn[i] = every.cpu()
+            said, true = every[known[i]], target[i][known[i]]
             right[i] = float((said == true).sum())
             for part in self.parts.ranges[c]:
                 a, b = said == part, true == part
@@ -119,7 +122,7 @@ class PartSegmentation:
                 iou[i, part] = float((a & b).sum()) / union if union else 1.0
         loss = self.loss(output, target).cpu()
         kept = torch.stack([loss, right, known.sum(1).float().cpu(), category.float().cpu()], 1)
-        return torch.cat([kept, iou], 1), counts
+        return torch.cat([kept, iou, drawn], 1), counts
 
     def categories(self, counts: Tensor) -> Tensor:
         """The category of each row of :func:`part_counts`: the one with most of its points."""
@@ -127,7 +130,7 @@ class PartSegmentation:
         return torch.stack(sums, 1).argmax(1)
 
     def metrics(self, output: Tensor, target: Tensor) -> dict[str, float | None]:
-        iou, category = output[:, 4:].double().nanmean(1), output[:, 3].long()
+        iou, category = self._iou(output).nanmean(1), output[:, 3].long()
         each = torch.stack([iou[category == c].mean() for c in sorted(set(category.tolist()))])
         values = {
             "loss": output[:, 0].double().sum() / output[:, 2].sum(),
@@ -139,11 +142,11 @@ class PartSegmentation:
 
     def per_class(self, output: Tensor, target: Tensor) -> dict[str, float | None]:
         """Mean IoU of every part over the clouds of its category; None where there are none."""
-        return {n: _number(v) for n, v in zip(self.classes, output[:, 4:].double().nanmean(0), strict=True)}
+        return {n: _number(v) for n, v in zip(self.classes, self._iou(output).nanmean(0), strict=True)}
 
     def per_category(self, output: Tensor) -> dict[str, float | None]:
         """Mean over each category's clouds of their mIoU."""
-        iou, category = output[:, 4:].double().nanmean(1), output[:, 3].long()
+        iou, category = self._iou(output).nanmean(1), output[:, 3].long()
         return {name: _number(iou[category == c].mean()) for c, name in enumerate(self.parts.categories)}
 
     def confusion(self, output: Tensor, target: Tensor) -> list[list[int]] | None:
@@ -151,10 +154,15 @@ class PartSegmentation:
 
     def outcome(self, output: Tensor, target: Tensor) -> Outcome:
         """Clouds in two halves by mIoU: "correct" are those from the median up. Names are categories."""
-        score = output[:, 4:].nanmean(1)
+        score = self._iou(output).nanmean(1)
         good = score >= score.median()
         names = [self.parts.categories[int(c)] for c in output[:, 3].tolist()]
-        return Outcome(list(names), list(names), torch.where(good, score, 1 - score).tolist(), good.tolist())
+        drawn = output[:, 4 + len(self.classes) :].long()
+        return Outcome(list(names), list(names), torch.where(good, score, 1 - score).tolist(), good.tolist(), drawn)
+
+    def _iou(self, output: Tensor) -> Tensor:
+        """``[B, P]`` of what :meth:`reduce` kept."""
+        return output[:, 4 : 4 + len(self.classes)].double()
 
 
 def part_counts(target: Tensor, parts: int) -> Tensor:
@@ -205,7 +213,7 @@ class PartDataset(CloudDataset):
 
     def __getitem__(self, index: int) -> Any:
         x, labels = self.both(index)
-        rng = np.random.default_rng(self._seed(index)) if self.train else None
+        rng = np.random.default_rng(self.sample_seed(index)) if self.train else None
         rows = self.rows(x, rng)
         picked, told = x[rows], labels[rows]
         if rng is not None and self.augment.steps:  # labels travel as a last column: some changes replace points
@@ -263,6 +271,7 @@ class PartSource:
             thumbnail=lambda data, index: thumbnail_png(data.both(index)[0], labels=data.both(index)[1]),
             sample_name=lambda data, index: str(data.samples[index].name),
             task=PartSegmentation(parts),
+            picture=part_picture,
         )
 
     def inputs(self, paths: Sequence[str], preprocessing: Mapping[str, Any]) -> tuple[list[str], Dataset[Tensor]]:

@@ -64,7 +64,7 @@ class VoteResult:
 def voting_dataset(dataset: CloudDataset, augment: str = "scale-translate", seed: int = 0) -> CloudDataset:
     """The samples of an evaluation data set, drawn and changed at random in every pass (``set_epoch(pass)``)."""
     views = copy.copy(dataset)
-    views._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+    views.own_epoch()
     views.train, views.augment, views.seed = True, parse_augment(augment), seed
     return views
 

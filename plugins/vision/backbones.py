@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import os
-import pickle
-import socket
-import urllib.parse
-import urllib.request
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from peft_suite.errors import (
     BackboneMismatchError,
     ConfigError,
-    FileFormatError,
     PeftSuiteError,
     UnknownNameError,
     UnsupportedError,
 )
 from peft_suite.train.contracts import BackboneInfo
 from peft_suite.vision import micro
+from peft_suite.weights import no_waiting_for_the_hub as _no_waiting_for_the_hub
+from peft_suite.weights import read_weights
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -171,60 +164,10 @@ def _create(name: str, num_outputs: int, pretrained: bool, options: Mapping[str,
         ) from error
 
 
-@contextmanager
-def _no_waiting_for_the_hub() -> Iterator[None]:
-    """Where the hub's name does not even resolve, use its cache only, instead of minutes of retries."""
-    from huggingface_hub import constants
-
-    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or "huggingface.co"
-    before = constants.HF_HUB_OFFLINE
-    try:
-        if not urllib.request.getproxies():
-            socket.getaddrinfo(host, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def _read_state(path: str) -> dict[str, Tensor]:
     """Tensors of a safetensors or torch file, out of the usual wrappers; nothing in the file is executed."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        inside = ", ".join(sorted(os.listdir(path))[:6]) if Path(path).is_dir() else ""
-        hint = f" It is a folder: name the weights file in it ({inside})." if Path(path).is_dir() else ""
-        raise FileFormatError(f"checkpoint = {path!r} is not a file.{hint}")
-    try:
-        if path.endswith(".safetensors"):
-            loaded: Any = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        RuntimeError,
-        OSError,
-        ValueError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileFormatError(
-            f"checkpoint = {path!r} cannot be read: {reason} It must be a whole safetensors file (*.safetensors), "
-            "or a torch file that holds tensors only."
-        ) from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not loaded or not all(torch.is_tensor(v) for v in loaded.values()):
-        raise FileFormatError(f"checkpoint = {path!r} holds no state dict of tensors.")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    state = read_weights(path, ("state_dict_ema", "model_ema", "state_dict", "model"))
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _load_state(model: nn.Module, state: dict[str, Tensor], path: str) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
 import random
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from peft_suite.errors import DataError
-from peft_suite.train.splitting import refuse_unusable
+from peft_suite.train.epochs import EpochDataset
+from peft_suite.train.reading import read_all
 from peft_suite.vision.lists import Sample
 from peft_suite.vision.transforms import (
     Preprocess,
@@ -32,7 +27,6 @@ from peft_suite.vision.transforms import (
 __all__ = ["ImageDataset", "Opener", "decode", "verify"]
 
 CACHE_BYTES = 256 * 2**20
-PROGRESS_FROM = 2000
 
 AUGMENTS = {"light": light_augment, "crop": crop_augment, "resized-crop": resized_crop_augment}
 
@@ -40,7 +34,7 @@ Opener = Callable[[Sample], Image.Image]
 Pixels = np.ndarray[Any, Any]
 
 
-class ImageDataset(Dataset[Any]):
+class ImageDataset(EpochDataset):
     """Samples ``(image [3, H, W], target)``; with ``targets=None`` just the image.
 
     Args:
@@ -66,15 +60,11 @@ class ImageDataset(Dataset[Any]):
         erase: float = 0.0,
         seed: int = 0,
     ) -> None:
+        super().__init__(seed)
         self.samples, self.goal, self.targets = samples, goal, targets
         self.opener, self.cache = opener, cache
-        self.augment, self.standard, self.hflip, self.erase, self.seed = augment, standard, hflip, erase, seed
+        self.augment, self.standard, self.hflip, self.erase = augment, standard, hflip, erase
         self.ignored = 0
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the random numbers of the augmentation; call it at the start of every epoch."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -82,18 +72,14 @@ class ImageDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         image = self.image(index)
         if self.standard is not None:
-            pixels = self.standard(image, self._seed(index))
+            pixels = self.standard(image, self.sample_seed(index))
         elif self.augment in AUGMENTS:
-            rng = random.Random(self._seed(index))
+            rng = random.Random(self.sample_seed(index))
             pixels = self.goal.tensor(AUGMENTS[self.augment](image, self.goal, self.hflip, rng))
             pixels = erase(pixels, self.erase, rng) if self.erase else pixels
         else:
             pixels = self.goal(image)
         return pixels if self.targets is None else (pixels, self.target(index))
-
-    def _seed(self, index: int) -> int:
-        text = f"{self.seed}/{self._epoch.item()}/{index}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest())
 
     def image(self, index: int) -> Image.Image:
         """The decoded RGB image, before any resizing."""
@@ -140,34 +126,13 @@ def verify(
     """(readable samples, their pixels if these are few, [(name, reason)] of the others)."""
     if not check:
         return list(samples), None, []
-    good: list[Sample] = []
-    bad: list[tuple[str, str]] = []
-    cache: list[Any] | None = []
-    used = 0
-    for sample, result in zip(samples, _decoded(samples, opener, split), strict=True):
-        if isinstance(result, str):
-            bad.append((sample.name, result))
-            continue
-        good.append(sample)
-        if cache is not None:
-            used += result.nbytes
-            cache.append(result)
-            cache = cache if used <= CACHE_BYTES else None
-    if bad and not skip:
-        refuse_unusable(bad, len(samples), split, "images cannot be read")
-    return good, cache, bad
-
-
-def _decoded(samples: Sequence[Sample], opener: Opener | None, split: str) -> Iterable[Pixels | str]:
-    """Results of :func:`_check_one` in order, computed in threads a chunk at a time so that memory stays small."""
-    threads = 1 if opener is not None else min(8, os.cpu_count() or 1)
-    chunks = (samples[i : i + 256] for i in range(0, len(samples), 256))
-    if len(samples) >= PROGRESS_FROM and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        total = math.ceil(len(samples) / 256)
-        chunks = track(chunks, f"Checking {len(samples)} {split} images", total, console=Console(stderr=True))  # type: ignore[assignment]
-    with ThreadPoolExecutor(threads) as pool:
-        for chunk in chunks:
-            yield from pool.map(lambda sample: _check_one(sample, opener), chunk)
+    return read_all(
+        samples,
+        lambda sample: _check_one(sample, opener),
+        split,
+        "images",
+        "images cannot be read",
+        skip=skip,
+        threads=1 if opener is not None else 0,
+        cache_bytes=CACHE_BYTES,
+    )

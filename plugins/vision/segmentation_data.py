@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 from peft_suite.errors import DataError, closest
 from peft_suite.storage import atomic
 from peft_suite.train.contracts import DataConfig, DataSplits
+from peft_suite.train.epochs import EpochDataset
 from peft_suite.vision.lists import EXTENSIONS
 from peft_suite.vision.segmentation import IGNORE, Segmentation, pixel_counts
 from peft_suite.vision.transforms import Preprocess, thumbnail_png, to_rgb
@@ -100,21 +101,17 @@ class Pair:
     mask: Path
 
 
-class MaskDataset(Dataset[Any]):
+class MaskDataset(EpochDataset):
     """Samples ``(image [3, H, W], mask [H, W] int64)``, both of the backbone's size, moved together."""
 
     def __init__(
         self, pairs: Sequence[Pair], goal: Preprocess, classes: int, offset: int, augment: str, hflip: float, seed: int
     ) -> None:
+        super().__init__(seed)
         self.pairs, self.goal, self.classes, self.offset = pairs, goal, classes, offset
-        self.augment, self.hflip, self.seed = augment, hflip, seed
+        self.augment, self.hflip = augment, hflip
         self._cache: dict[int, tuple[Image.Image, Image.Image]] = {}
         self._pixels = 0
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the random numbers of the augmentation."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -122,8 +119,7 @@ class MaskDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, mask = self.read(index)
         if self.augment != "none":
-            text = f"{self.seed}/{self._epoch.item()}/{index}".encode()
-            rng = random.Random(int.from_bytes(hashlib.blake2b(text, digest_size=6).digest()))
+            rng = random.Random(self.sample_seed(index))
             image, mask = _augment(image, mask, self.goal, self.augment, self.hflip, rng)
         return self.goal.tensor(self._fit(image)), self._indices(mask)
 

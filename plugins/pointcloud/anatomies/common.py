@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft_suite.anatomy import Block, Functional, Point, Weight
+from peft_suite.describing import affine, norms
 from peft_suite.pointcloud.models import layers
 from peft_suite.pointcloud.models.geometry import Grouping, grouping_forward
 from peft_suite.pointcloud.models.tokenizer import Pointwise, PointwiseOnMax, pointwise, pointwise_on_max
+
+__all__ = ["FORWARDS", "FUNCTIONALS", "PLACES", "classifier", "norms", "pre_norm_block", "sites", "under"]
 
 FUNCTIONALS: Mapping[Callable[..., Any], Functional] = {
     Pointwise.forward: pointwise,
@@ -32,11 +35,6 @@ PLACES: Mapping[Callable[..., Any], tuple[str, ...]] = {
 }
 
 
-def affine(module: nn.Module | None) -> bool:
-    """Whether a module has a weight of its own."""
-    return isinstance(getattr(module, "weight", None), Tensor)
-
-
 def sites(model: nn.Module, *roots: str) -> tuple[Point, ...]:
     """Outputs of the affine operations at or below ``roots``, in order."""
     return tuple(
@@ -45,12 +43,6 @@ def sites(model: nn.Module, *roots: str) -> tuple[Point, ...]:
         for path, module in model.named_modules()
         if (path == root or path.startswith(f"{root}.")) and affine(module)
     )
-
-
-def norms(model: nn.Module) -> tuple[str, ...]:
-    """All normalisation layers with a weight."""
-    found = ((n, m) for n, m in model.named_modules() if not n.startswith("adapters."))
-    return tuple(n for n, m in found if "Norm" in type(m).__name__ and affine(m))
 
 
 def under(model: nn.Module, prefixes: Iterable[str]) -> tuple[str, ...]:

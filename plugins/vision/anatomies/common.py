@@ -1,49 +1,32 @@
-"""What the descriptions share: sites, norms, and timm's norm layers, which bring their own forward."""
+"""What the descriptions share: sizes, and timm's norm layers, which bring their own forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from timm.layers.fast_norm import fast_group_norm, fast_layer_norm, fast_rms_norm
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import GroupNorm, GroupNorm1, LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32, RmsNorm
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from peft_suite.anatomy import Functional, Point
+from peft_suite.anatomy import Functional
+from peft_suite.describing import affine, classifier, matrices, norms, site, sites, under
 
-
-def affine(module: nn.Module | None) -> bool:
-    """Whether a module has a weight of its own."""
-    return isinstance(getattr(module, "weight", None), Tensor)
-
-
-def site(model: nn.Module, path: str) -> Point:
-    """The output of an affine operation: its width and where its channels are."""
-    module: Any = model.get_submodule(path)
-    first = isinstance(module, nn.Conv2d | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
-    first = first or "2d" in type(module).__name__
-    width = module.out_features if isinstance(module, nn.Linear) else int(module.weight.shape[0])
-    return Point(path, width, "first" if first else "last")
-
-
-def sites(model: nn.Module, paths: Iterable[str]) -> tuple[Point, ...]:
-    """Those of ``paths`` that exist and have a weight."""
-    modules = dict(model.named_modules())
-    return tuple(site(model, path) for path in paths if affine(modules.get(path)))
-
-
-def norms(model: nn.Module) -> tuple[str, ...]:
-    """All normalisation layers with a weight."""
-    found = ((n, m) for n, m in model.named_modules() if not n.startswith("adapters."))
-    return tuple(n for n, m in found if "Norm" in type(m).__name__ and affine(m))
-
-
-def under(model: nn.Module, *prefixes: str) -> tuple[str, ...]:
-    """Full names of the parameters below ``prefixes``."""
-    return tuple(n for n, _ in model.named_parameters() if n.startswith(prefixes))
+__all__ = [
+    "FUNCTIONALS",
+    "affine",
+    "classifier",
+    "grid",
+    "image_size",
+    "matrices",
+    "norms",
+    "site",
+    "sites",
+    "under",
+]
 
 
 def grid(embed: Any) -> tuple[int, int] | None:
@@ -56,20 +39,6 @@ def image_size(embed: Any) -> tuple[int, int] | None:
     """(height, width) that a timm patch embedding insists on; None where any size will do."""
     size = getattr(embed, "img_size", None)
     return (int(size[0]), int(size[1])) if size is not None and getattr(embed, "strict_img_size", True) else None
-
-
-def classifier(model: nn.Module, path: str) -> Point | None:
-    """The linear layer or 1x1 convolution that gives the model's output; None where it was left away."""
-    module: Any = model.get_submodule(path)
-    if isinstance(module, nn.Linear):
-        return Point(path, module.out_features)
-    return Point(path, module.out_channels, "first") if isinstance(module, nn.Conv2d) else None
-
-
-def matrices(model: nn.Module, path: str) -> tuple[str, ...]:
-    """Linear layers and convolutions below ``path``, in order."""
-    root = model.get_submodule(path)
-    return tuple(f"{path}.{n}" for n, m in root.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
 
 
 def _layer_norm(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_suite.anatomy import Anatomy, Block, Point, Weight
+from peft_suite.anatomy import Anatomy, Block, Point
+from peft_suite.describing import checkpoints_reentrantly, classifier, norms, recomputing, separate_block, sites, under
 from peft_suite.edits import Beside
 from peft_suite.errors import BackboneError, MissingExtraError
-from peft_suite.vision.anatomies.common import classifier, matrices, norms, sites, under
 
 if TYPE_CHECKING:
     import transformers
@@ -130,56 +130,29 @@ def _describe(family: str, model: nn.Module, names: _Names, prefix: str, forward
         # interpolated position embeddings come from the table itself
         read_directly=(f"{base}embeddings.position_embedding",) if pooled else (),
         idle=tuple(idle),
-        reentrant=_reentrant(layers),
+        reentrant=checkpoints_reentrantly(layers),
     )
 
 
 def _block(model: nn.Module, names: _Names, path: str, dim: int) -> Block:
-    block: Any = model.get_submodule(path)
-    attn, mlp = f"{path}.{names.attn}", f"{path}.mlp"
-    points = {
-        "norm1": Point(f"{path}.{names.norm1}", dim),
-        "attn": Point(attn, dim, argument=names.argument, output=0),
-        "attn_out": Point(f"{attn}.{names.out}", dim),
-        "norm2": Point(f"{path}.{names.norm2}", dim),
-        "mlp": Point(mlp, dim),
-    }
-    if _passes(getattr(block, "dropout", None)) and _passes(getattr(block, "drop_path", None)):
-        # one dropout serves both branches; where it does nothing, the module before it is the branch's last
-        for role, end in zip(("drop1", "drop2"), names.ends, strict=True):
-            points[role] = points[end] if end in points else Point(f"{path}.{end}", dim)
-    inner = {"fc1": "fc1", "fc2": "fc2", "gate_proj": "gate", "up_proj": "fc1", "down_proj": "fc2"}
-    weights = {
-        **{role: Weight(f"{attn}.{role}_proj") for role in "qkv"},
-        "o": Weight(f"{attn}.{names.out}"),
-        **{role: Weight(f"{mlp}.{n}") for n, role in inner.items() if hasattr(block.mlp, n)},
-    }
-    order = (
-        f"{path}.{names.norm1}",
-        *(f"{attn}.{n}" for n in ("q_proj", "k_proj", "v_proj", names.out)),
-        f"{path}.{names.norm2}",
-        *matrices(model, mlp),
+    return separate_block(
+        model,
+        path,
+        dim,
+        attn=names.attn,
+        out=names.out,
+        norm1=names.norm1,
+        norm2=names.norm2,
+        ends=names.ends,
+        argument=names.argument,
     )
-    return Block(Point(path, dim), points, weights, sites(model, order), ("attn", "mlp"))
-
-
-def _passes(module: nn.Module | None) -> bool:
-    return module is None or isinstance(module, nn.Identity) or getattr(module, "p", None) == 0
 
 
 def _forward_of(model: nn.Module, name: str) -> Any:
     return next((type(m).forward for m in model.modules() if type(m).__name__ == name), None)
 
 
-def _reentrant(layers: Any) -> bool:
-    """Whether checkpointing is on with reentrant autograd; it is a keyword of the function that the layers hold."""
-    for layer in layers:
-        if getattr(layer, "gradient_checkpointing", False):
-            function: Any = getattr(layer, "_gradient_checkpointing_func", None)
-            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
-    return False
-
-
+@recomputing
 def _vit_block(block: Any, beside: Beside, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     n = block.layernorm_before(x)
     x = beside.attn(x, block.dropout(block.attention(n, attention_mask, **kwargs)[0]) + x, n)
@@ -187,6 +160,7 @@ def _vit_block(block: Any, beside: Beside, x: Tensor, attention_mask: Tensor | N
     return beside.mlp(x, block.dropout(block.mlp(n)) + x, n)
 
 
+@recomputing
 def _dino_block(block: Any, beside: Beside, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     n = block.norm1(x)
     h, _ = block.attention(n, attention_mask=attention_mask, **kwargs)
@@ -195,6 +169,7 @@ def _dino_block(block: Any, beside: Beside, x: Tensor, attention_mask: Tensor | 
     return beside.mlp(x, block.drop_path(block.layer_scale2(block.mlp(n))) + x, n)
 
 
+@recomputing
 def _clip_block(block: Any, beside: Beside, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     n = block.layer_norm1(x)
     h, _ = block.self_attn(hidden_states=n, attention_mask=attention_mask, **kwargs)

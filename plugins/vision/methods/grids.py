@@ -43,5 +43,5 @@ class Grid:
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Prefix tokens ``[B, prefix, C]`` and the map of patches ``[B, C, H, W]``."""
         rows, columns = self.of(x.shape[1] - self.prefix)
-        patches = x[:, self.prefix :].transpose(1, 2).reshape(len(x), -1, rows, columns)
+        patches = x[:, self.prefix :].transpose(1, 2).reshape(x.shape[0], -1, rows, columns)
         return x[:, : self.prefix], patches

@@ -106,7 +106,7 @@ class MetaToken(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x: [B, N, d]``."""
-        return torch.cat((self.token.expand(len(x), -1, -1), x), dim=1)
+        return torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1)
 
 
 class Tap(Part):

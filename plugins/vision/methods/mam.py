@@ -99,7 +99,7 @@ class Prefix(Part):
         if self.dropout is not None:
             pair = self.dropout(pair)
         pair = pair.reshape(2, -1, k.shape[1], k.shape[3]).transpose(1, 2)  # [2, heads, l, head width]
-        keys, values = (p.expand(len(k), -1, -1, -1).to(k.dtype) for p in pair)
+        keys, values = (p.expand(k.shape[0], -1, -1, -1).to(k.dtype) for p in pair)
         return torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
 
 

@@ -52,8 +52,8 @@ class Border(Pixels):
         if self.inside:
             x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
         h, w = x.shape[2:]
-        rows = self.normalised("rows", (2 * p, w + 2 * p)).expand(len(x), -1, -1, -1)
-        columns = self.normalised("columns", (h, 2 * p)).expand(len(x), -1, -1, -1)
+        rows = self.normalised("rows", (2 * p, w + 2 * p)).expand(x.shape[0], -1, -1, -1)
+        columns = self.normalised("columns", (h, 2 * p)).expand(x.shape[0], -1, -1, -1)
         x = torch.cat((columns[..., :p], x, columns[..., p:]), dim=3)
         return torch.cat((rows[:, :, :p], x, rows[:, :, p:]), dim=2)
 

@@ -61,7 +61,7 @@ class Prompt(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x: [B, N, d]``."""
-        prompt = self.tokens(len(x))
+        prompt = self.tokens(x.shape[0])
         if self.at is None:
             return torch.cat((x, prompt), dim=1)
         return torch.cat((x[:, : self.at], prompt, x[:, self.at :]), dim=1)
@@ -96,7 +96,7 @@ class WithPosition(Prompt):
         """``pos`` with the prompts' positions in it."""
         owner = self if self.position is not None else cast(WithPosition, self.like[0])
         assert owner.position is not None
-        own = owner.position.expand(len(pos), -1, -1)
+        own = owner.position.expand(pos.shape[0], -1, -1)
         if self.at is None:
             return torch.cat((pos, own), dim=1)
         return torch.cat((pos[:, : self.at], own, pos[:, self.at :]), dim=1)
@@ -136,7 +136,7 @@ class Add(Prompt):
                 f"vpt(location='add') has {self.count} prompts, one for each token of the size that the backbone was "
                 f"built for, and got {x.shape[1]} tokens. Resize the images, or use location='add-1'."
             )
-        return x + self.tokens(len(x))
+        return x + self.tokens(x.shape[0])
 
 
 class Strip(Part):
@@ -172,7 +172,7 @@ class Carry(Part):
                 f"vpt on a windowed backbone expects a map of {self.size[0]}x{self.size[1]} tokens here, the size that "
                 f"the backbone was built for, and got {x.shape[2] - self.count} tokens. Resize the images."
             )
-        return x[:, 0, : -self.count].reshape(len(x), *self.size, x.shape[3]), x[:, 0, -self.count :]
+        return x[:, 0, : -self.count].reshape(x.shape[0], *self.size, x.shape[3]), x[:, 0, -self.count :]
 
 
 class Enter(Prompt):
@@ -186,4 +186,4 @@ class Enter(Prompt):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """``x: [B, H, W, C]``, or packed."""
-        return (x if self.carry is None else self.carry(x)[0]), self.tokens(len(x))
+        return (x if self.carry is None else self.carry(x)[0]), self.tokens(x.shape[0])

@@ -76,7 +76,9 @@ class ScaleShift(Part):
             nn.init.normal_(self.shift, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x: [..., C]``, or ``[B, C, H, W]`` for layout "first"."""
+        """``x: [..., C]``, or ``[B, C, H, W]`` or ``[B, C, L]`` for layout "first"."""
+        if self.scale.ndim == 3 and x.ndim == 3 and not self.guess:
+            return x * self.scale.flatten(1) + self.shift.flatten(1)
         if self.guess and x.shape[-1] == self.scale.numel():
             return x * self.scale.flatten() + self.shift.flatten()
         if self.recover and self.scale.requires_grad and torch.is_grad_enabled() and _divisible(self.scale, self.shift):

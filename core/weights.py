@@ -1,0 +1,97 @@
+"""Weights of others: files and folders read without executing anything in them, and the hub where it can be reached."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_suite.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["no_waiting_for_the_hub", "read_weights"]
+
+
+def read_weights(path: str, wrappers: Sequence[str]) -> dict[str, Tensor]:
+    """The state dict of a torch or safetensors file, out of the first wrapper that it has.
+
+    Raises:
+        FileFormatError: missing, a folder, truncated, or without tensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        inside = ", ".join(sorted(os.listdir(path))[:6]) if Path(path).is_dir() else ""
+        hint = f" It is a folder: name the weights file in it ({inside})." if Path(path).is_dir() else ""
+        raise FileFormatError(f"checkpoint = {path!r} is not a file.{hint}")
+    problems = (
+        SafetensorError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        EOFError,
+        RuntimeError,
+        OSError,
+        ValueError,
+    )
+    try:
+        if path.endswith(".safetensors"):
+            loaded: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals(_numbers()):
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except problems as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileFormatError(
+            f"checkpoint = {path!r} cannot be read: {reason} It must be a whole torch file (*.pth, *.pt) that holds "
+            "tensors only (numbers and text beside them), or a whole safetensors file (*.safetensors)."
+        ) from error
+    found = list(loaded) if isinstance(loaded, dict) else [type(loaded).__name__]
+    for key in wrappers:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not loaded or not all(torch.is_tensor(v) for v in loaded.values()):
+        raise FileFormatError(
+            f"checkpoint = {path!r} holds no state dict of tensors under {', '.join(wrappers)} or at its top; found: "
+            f"{', '.join(map(str, found[:8]))}."
+        )
+    return dict(loaded)
+
+
+def _numbers() -> list[Any]:
+    """numpy's scalars, which epochs and accuracies in old files are made of; building one runs no code of a file."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(k)) for k in ("float64", "float32", "int64", "int32", "bool")]
+    old = ("numpy.core.multiarray.scalar", scalar)  # the name under which numpy 1 wrote it
+    return [scalar, (scalar, old[0]), np.dtype, *kinds]
+
+
+@contextmanager
+def no_waiting_for_the_hub() -> Iterator[None]:
+    """Where the hub's name does not even resolve, use its cache only, instead of minutes of retries."""
+    from huggingface_hub import constants
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or "huggingface.co"
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not urllib.request.getproxies():
+            socket.getaddrinfo(host, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
