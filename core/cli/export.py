@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -17,35 +18,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_suite.cli.models import CONFIG, WEIGHTS, Opened
-from peft_suite.errors import MissingExtraError, StorageError, UnknownNameError, UnsupportedError
+from peft_suite.errors import MergeError, MissingExtraError, StorageError, UnknownNameError, UnsupportedError
 from peft_suite.storage import atomic, write_bytes, write_text
+from peft_suite.train.opening import CONFIG, WEIGHTS, Opened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["FORMATS", "export", "write_merged"]
+__all__ = ["FORMATS", "export", "suitable", "write_merged"]
 
+TRACED = ("torch-export", "onnx")
 TOLERANCE = 1e-4  # of a reloaded model's output, relative to its largest value
 
 
 def export(opened: Opened, out: Path, format: str, rank: int = 0) -> list[Path]:
-    """Write ``opened`` to ``out`` in one of :data:`FORMATS` and return the files.
+    """Write ``opened`` to ``out`` in one of :data:`FORMATS`, or the "auto" one that suits it, and return the files.
+
+    Formats of a traced program (torch-export, onnx) hold adapters that do not fold as they are.
 
     Raises:
         UnknownNameError: no such format.
-        MergeError: the adapter does not fold into the weights; nothing is written.
+        MergeError: the adapter does not fold into the weights, and the format has no place for it; nothing is written.
         UnsupportedError: the format cannot hold this model.
     """
+    if format == "auto":
+        format = suitable(opened.model)
     if format not in FORMATS:
         raise UnknownNameError("export format", format, FORMATS)
     if format == "peft":
         return _peft(opened, out, rank)
-    merge_in_place(opened)
+    try:
+        merge_in_place(opened)
+    except MergeError as error:
+        if format not in TRACED:  # a traced program holds what does not fold
+            raise MergeError(f"{error} A file that holds it as it is: --format torch-export.") from error
     with warnings.catch_warnings():  # of the tracers about their own insides
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
         return FORMATS[format](opened, out)
+
+
+def suitable(model: nn.Module) -> str:
+    """The format that holds a model best."""
+    if _is_timm(model):
+        return "timm"
+    return "hf" if hasattr(model, "save_pretrained") else "torch-export"
 
 
 def merge_in_place(opened: Opened) -> None:
@@ -88,7 +105,7 @@ def _is_timm(model: nn.Module) -> bool:
 
 def _timm(opened: Opened, out: Path) -> list[Path]:
     if not _is_timm(opened.model):
-        raise UnsupportedError(f"{type(opened.model).__qualname__} is no timm model. Choose another --format.")
+        raise UnsupportedError(_unfit(opened, "timm model"))
     config = {**_timm_config(opened), "peft_suite": _own(opened)}
     with _checked_directory(out) as folder:
         _write_directory(opened, folder, config)
@@ -102,10 +119,23 @@ def _hf(opened: Opened, out: Path) -> list[Path]:
         return _timm(opened, out)
     save = getattr(opened.model, "save_pretrained", None)
     if save is None:
-        raise UnsupportedError(f"{type(opened.model).__qualname__} is no Hugging Face model. Choose another --format.")
+        raise UnsupportedError(_unfit(opened, "Hugging Face model"))
     with _checked_directory(out) as folder:
         save(folder)
     return sorted(out.iterdir())
+
+
+def _unfit(opened: Opened, kind: str) -> str:
+    return (
+        f"{type(opened.model).__qualname__} is no {kind}. Formats for it: {suitable(opened.model)}, peft (the adapter "
+        "alone, where it has LoRA's form)."
+    )
+
+
+def _why(error: Exception) -> str:
+    """The beginning of another library's message, without colours."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    return text if len(text) <= 400 else f"{text[:400].rpartition(' ')[0]} ..."
 
 
 def _timm_config(opened: Opened) -> dict[str, Any]:
@@ -154,18 +184,25 @@ def _torch_export(opened: Opened, out: Path) -> list[Path]:
     import torch
 
     target = out if out.suffix == ".pt2" else out / "model.pt2"
-    inputs = _example(opened, 2)
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    try:
-        program = torch.export.export(opened.model, (inputs,), dynamic_shapes=shapes)
-    except Exception as error:
-        raise UnsupportedError(f"torch.export cannot trace this model: {' '.join(str(error).split())[:400]}") from error
+    program = _program(opened)
     with atomic(target) as temporary, tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "model.pt2"  # torch insists on the suffix
         torch.export.save(program, written)
         _compare(opened, torch.export.load(written).module(), "torch.export.load")
         shutil.copyfile(written, temporary)
     return [target]
+
+
+def _program(opened: Opened) -> Any:
+    """The model for batches of any size, without gradients."""
+    import torch
+
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    try:
+        with torch.no_grad():
+            return torch.export.export(opened.model, (_example(opened, 2),), dynamic_shapes=shapes)
+    except Exception as error:
+        raise UnsupportedError(f"torch.export cannot trace this model: {_why(error)}") from error
 
 
 def _onnx(opened: Opened, out: Path) -> list[Path]:
@@ -175,23 +212,26 @@ def _onnx(opened: Opened, out: Path) -> list[Path]:
     import torch
 
     target = out if out.suffix == ".onnx" else out / "model.onnx"
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program = _program(opened)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    if own := sorted(name.removeprefix("peft_suite.") for name in called if name.startswith("peft_suite.")):
+        raise UnsupportedError(
+            f"ONNX has no form of the kernels that this model calls ({', '.join(own)}). Choose --format torch-export; "
+            "a program that loads the file imports peft_suite.kernels first."
+        )
     try:
-        program: Any = torch.onnx.export(
-            opened.model,
+        done: Any = torch.onnx.export(
+            program,
             (_example(opened, 2),),
             dynamo=True,
-            dynamic_shapes=shapes,
             input_names=["input"],
             output_names=["logits"],
             verbose=False,
         )
     except Exception as error:
-        raise UnsupportedError(
-            f"torch.onnx.export cannot convert this model: {' '.join(str(error).split())[:400]}"
-        ) from error
+        raise UnsupportedError(f"torch.onnx.export cannot convert this model: {_why(error)}") from error
     with atomic(target) as temporary:
-        program.save(str(temporary), external_data=False)
+        done.save(str(temporary), external_data=False)
         _check_onnx(opened, temporary)
     return [target]
 

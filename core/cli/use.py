@@ -14,16 +14,16 @@ from peft_suite.cli.common import plugin_of, ready
 from peft_suite.cli.console import console, note, show_json, show_mapping, show_table
 from peft_suite.cli.root import Json
 from peft_suite.cli.settings import overrides
-from peft_suite.errors import ConfigError, DataError
+from peft_suite.errors import ConfigError, DataError, MergeError
 from peft_suite.plugins import Plugin, resolve
 from peft_suite.storage import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peft_suite.cli.models import Opened
+    from peft_suite.train.opening import Opened
 
-__all__ = ["evaluate", "export", "merge", "predict"]
+__all__ = ["evaluate", "export", "merge", "predict", "prediction_rows", "write_rows"]
 
 _Words = Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Any field, such as data.workers=2.")]
 _Adapter = Annotated[
@@ -114,12 +114,9 @@ def predict(
         raise ConfigError(f"--out {out}: the name must end in .csv or .json.")
     names, dataset = source.inputs(paths, opened.metadata["preprocessing"])
     logits = infer(opened.model, dataset, **settings)
-    rows = _predictions(names, logits, opened, top)
+    rows = prediction_rows(names, logits, opened, top)
     if out is not None:
-        from peft_suite.storage import write_text
-
-        write_text(out, _csv(rows, top) if out.suffix.lower() == ".csv" else _dumps(rows))
-        note(f"{len(rows)} predictions written to {out}")
+        write_rows(out, rows)
     if json:
         show_json(rows)
     elif out is None:
@@ -145,7 +142,13 @@ def merge(
     if opened.merged:
         raise ConfigError(f"{adapter} is a merged model already.")
     target = out or adapter.parent / "merged"
-    merge_in_place(opened)
+    try:
+        merge_in_place(opened)
+    except MergeError as error:
+        raise MergeError(
+            f"{error} As one file that runs without this package's training code: "
+            f"peft-suite {plugin.name} export {adapter} exported --format torch-export"
+        ) from error
     files = write_merged(opened, target)
     _told(files)
     note(f"Next: peft-suite {plugin.name} eval {target}, or --checkpoint {files[0]} as weights of a new run")
@@ -156,13 +159,16 @@ def export(
     adapter: _Adapter,
     out: Annotated[Path, typer.Argument(help="Folder, or a .pt2 or .onnx file.", show_default=False)],
     format: Annotated[
-        Literal["timm", "hf", "torch-export", "onnx", "peft"],
-        typer.Option(help="peft writes a LoRA directory for Hugging Face peft; the others hold the merged model."),
-    ] = "timm",
+        Literal["auto", "timm", "hf", "torch-export", "onnx", "peft"],
+        typer.Option(
+            help="auto: timm, hf or torch-export, what suits the model. torch-export and onnx hold adapters that do "
+            "not fold as they are; peft is a LoRA directory for Hugging Face peft."
+        ),
+    ] = "auto",
     rank: Annotated[int, typer.Option(min=0, help="For peft: rank of approximations; 0 refuses them.")] = 0,
     checkpoint: _Weights = "",
 ) -> None:
-    """Write the merged model for other tools, and check that it loads with equal outputs."""
+    """Write the model for other tools, merged where it can be, and check that it loads with equal outputs."""
     plugin = plugin_of(ctx)
     ready(plugin, "backbones")
     from peft_suite.cli.export import export as write
@@ -182,9 +188,9 @@ def _folder_for(opened: Opened, source: Any, out: Path | None) -> Path:
 
 
 def _open(plugin: Plugin, adapter: Path, checkpoint: str) -> Opened:
-    from peft_suite.cli.models import open_adapter
+    from peft_suite.train.opening import open_adapter
 
-    return open_adapter(plugin, adapter, checkpoint)
+    return open_adapter(adapter, plugin=plugin, checkpoint=checkpoint)
 
 
 def _data_words(words: Sequence[str] | None) -> dict[str, Any]:
@@ -199,7 +205,7 @@ def _data_words(words: Sequence[str] | None) -> dict[str, Any]:
     return changes
 
 
-def _predictions(names: Sequence[str], logits: Tensor, opened: Opened, top: int) -> list[dict[str, Any]]:
+def prediction_rows(names: Sequence[str], logits: Tensor, opened: Opened, top: int) -> list[dict[str, Any]]:
     """One row per file; probabilities are softmax, or a sigmoid for each label."""
     chances = logits.sigmoid() if opened.multi_label else logits.softmax(dim=1)  # [N, C]
     classes = opened.classes or tuple(str(i) for i in range(chances.shape[1]))
@@ -214,23 +220,29 @@ def _predictions(names: Sequence[str], logits: Tensor, opened: Opened, top: int)
     return rows
 
 
-def _csv(rows: Sequence[Mapping[str, Any]], top: int) -> str:
+def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of :func:`prediction_rows` as CSV or JSON, by the name's ending; what else a row has comes first."""
+    import json
+
+    from peft_suite.storage import write_text
+
+    csv_wanted = out.suffix.lower() == ".csv"
+    write_text(out, _csv(rows) if csv_wanted else json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    note(f"{len(rows)} predictions written to {out}")
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    count = min(top, len(rows[0]["top"])) if rows else 1
-    extra = [f"{what}_{i}" for i in range(2, count + 1) for what in ("class", "probability")]
-    writer.writerow(["file", "prediction", "probability", *extra])
+    first = rows[0] if rows else {"file": "", "top": [None]}
+    lead = [key for key in first if key not in ("prediction", "probability", "top")]
+    extra = [f"{what}_{i}" for i in range(2, len(first["top"]) + 1) for what in ("class", "probability")]
+    writer.writerow([*lead, "prediction", "probability", *extra])
     for row in rows:
         said = row["prediction"] if isinstance(row["prediction"], str) else ";".join(row["prediction"])
         others = [x for t in row["top"][1:] for x in (t["class"], t["probability"])]
-        writer.writerow([row["file"], said, row["probability"], *others])
+        writer.writerow([*(row[key] for key in lead), said, row["probability"], *others])
     return stream.getvalue()
-
-
-def _dumps(rows: Any) -> str:
-    import json
-
-    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
 
 
 def _told(files: Sequence[Path]) -> None:

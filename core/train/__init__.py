@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peft_suite.train.evaluation import evaluate, outputs, predict
     from peft_suite.train.grid import bench
     from peft_suite.train.loop import fit
+    from peft_suite.train.opening import Opened, open_adapter
     from peft_suite.train.record import RunResult
     from peft_suite.train.running import run
     from peft_suite.train.task import Classification, Task
@@ -24,6 +25,7 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "DataSplits",
+    "Opened",
     "Recipe",
     "RunConfig",
     "RunResult",
@@ -31,6 +33,7 @@ __all__ = [
     "bench",
     "evaluate",
     "fit",
+    "open_adapter",
     "outputs",
     "predict",
     "run",
@@ -38,11 +41,13 @@ __all__ = [
 
 _LAZY = {
     "Classification": "task",
+    "Opened": "opening",
     "RunResult": "record",
     "Task": "task",
     "bench": "grid",
     "evaluate": "evaluation",
     "fit": "loop",
+    "open_adapter": "opening",
     "outputs": "evaluation",
     "predict": "evaluation",
     "run": "running",

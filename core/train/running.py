@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft_suite.plugins import Plugin, find_plugin, resolve
 from peft_suite.train.config import RunConfig
 from peft_suite.train.contracts import Backbones, DataConfig, DataSource
 from peft_suite.train.loop import fit
+from peft_suite.train.notes import heard
 from peft_suite.train.record import RunResult, changed_fields, read_run, run_identity
 from peft_suite.train.state import seed_everything
 
@@ -68,15 +70,22 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
 
     seed_everything(config.seed)  # the fresh head and the adapter differ from seed to seed
     backbone = config.backbone
-    model = backbones.build(
-        backbone.name,
-        len(classes),
-        pretrained=backbone.pretrained,
-        checkpoint=backbone.checkpoint,
-        options=backbone.options,
-    )
-    preprocessing = backbones.preprocessing(backbone.name, model)
-    data = source.load(chosen, preprocessing)
+    with heard() as notes:
+        model = backbones.build(
+            backbone.name,
+            len(classes),
+            pretrained=backbone.pretrained,
+            checkpoint=backbone.checkpoint,
+            options=backbone.options,
+        )
+        preprocessing = backbones.preprocessing(backbone.name, model)
+        data = source.load(chosen, preprocessing)
+    notes += _left_out(data.info)
+    if notes:
+        data.info["notes"] = notes
+    if progress and is_main():
+        for note in notes:
+            print(note, file=sys.stderr)
     if task_name:
         data.info.setdefault("task", task_name)
     method = config.method if isinstance(config.method, str) else dict(config.method)
@@ -104,6 +113,15 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
         run_info={"plugin": config.plugin, "config": config.to_dict(), "plan": plan.to_dict(), "metadata": metadata},
         progress=progress,
     )
+
+
+def _left_out(info: Mapping[str, Any]) -> list[str]:
+    """What ``skip_bad`` has left out, in a line."""
+    count, files = info.get("skipped") or 0, info.get("skipped_files") or []
+    if not isinstance(count, int) or not count:
+        return []
+    named = "; ".join(f"{f['name']} ({f['reason']})" for f in files[:5])
+    return [f"{count} unusable file{'s' * (count > 1)} left out: {named}{'; ...' if count > 5 else ''}"]
 
 
 def open_plugin(plugin: Plugin) -> tuple[Backbones, DataSource]:
@@ -163,7 +181,10 @@ def _announce(config: RunConfig, results: list[RunResult], page: Path | None, pr
         print(f"report   {page}")
     print("next:")
     print(f"  peft-suite {config.plugin} predict {adapter} FILES")
-    print(f"  peft-suite {config.plugin} merge {adapter}")
+    if results[0].record["method"]["plan"]["mergeable"]:
+        print(f"  peft-suite {config.plugin} merge {adapter}")
+    else:
+        print(f"  peft-suite {config.plugin} export {adapter} exported --format torch-export")
     print(f"  peft-suite info {adapter}")
 
 

@@ -35,7 +35,7 @@ from peft_suite.pointcloud.view_cloud import HOVER, Look, Shown
 from peft_suite.pointcloud.view_page import COLOURS, GREY, Picture, Scene, by_label, scatter
 
 if TYPE_CHECKING:
-    from peft_suite.cli.models import Opened
+    from peft_suite.train.opening import Opened
 
 __all__ = ["VIEWS", "Viewer"]
 

@@ -57,12 +57,12 @@ def view(
     files = _files(clouds)
     _refuse(adapter, show or [], block, vector, out, up, groups, group_size)
     plugin.ensure()
-    from peft_suite.cli.models import open_adapter
     from peft_suite.pointcloud.view import Viewer
     from peft_suite.pointcloud.view_page import page
     from peft_suite.storage import write_text
+    from peft_suite.train.opening import open_adapter
 
-    opened = open_adapter(plugin, adapter, checkpoint) if adapter else None
+    opened = open_adapter(adapter, plugin=plugin, checkpoint=checkpoint) if adapter else None
     viewer = Viewer(
         opened,
         points=points,

@@ -220,9 +220,8 @@ def sample() -> Any:
 
 def opened(adapter: Path) -> Any:
     from peft_suite.cli.export import merge_in_place
-    from peft_suite.cli.models import open_adapter
-    from peft_suite.plugins import find_plugin
+    from peft_suite.train import open_adapter
 
-    one = open_adapter(find_plugin("vision"), adapter)
+    one = open_adapter(adapter)
     merge_in_place(one)
     return one.model

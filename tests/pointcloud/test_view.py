@@ -19,7 +19,6 @@ from typer.testing import CliRunner, Result
 import peft_suite as ps
 from peft_suite import kernels
 from peft_suite.cli.app import build
-from peft_suite.cli.models import Opened
 from peft_suite.errors import ConfigError, DataError, UnsupportedError
 from peft_suite.pointcloud import view_verb
 from peft_suite.pointcloud.anatomies import pointgpt, recon, segmenter
@@ -29,6 +28,7 @@ from peft_suite.pointcloud.models.segmentation import PartSegmenter
 from peft_suite.pointcloud.view import Viewer
 from peft_suite.pointcloud.view_attention import attention
 from peft_suite.pointcloud.view_page import COLOURS, GREY, Picture, figure, page
+from peft_suite.train.opening import Opened
 
 SEEN = {"num_points": 40, "groups": 8, "group_size": 6}
 CLASSES = ("chair", "lamp <b>", "sofa", "table", "stool")

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 import peft_suite as ps
 from peft_suite.errors import ConfigError, DataError, UnknownNameError
-from peft_suite.plugins import find_plugin
 from peft_suite.testing import conformance
 from peft_suite.train import RunConfig, evaluate, run
 from peft_suite.vision.segmentation import IGNORE, Segmentation, pixel_counts
@@ -268,9 +267,9 @@ def test_run_resume_and_evaluate(tmp_path: Path) -> None:
     assert pictures and all(pictures)
     assert result.report.read_text().count("data:image/png") >= len(pictures)
 
-    from peft_suite.cli.models import open_adapter
+    from peft_suite.train import open_adapter
 
-    opened = open_adapter(find_plugin(PLUGIN), tmp_path / "run" / "adapter")
+    opened = open_adapter(tmp_path / "run" / "adapter")
     assert opened.task == "segmentation" and isinstance(opened.model, Segmenter)
     data = source.load(
         SegmentationDataConfig.from_dict(opened.metadata["data_config"]), opened.metadata["preprocessing"]
