@@ -31,7 +31,7 @@ def farthest(points: Array, count: int, start: int = 0, rule: Rule = "standard")
 
     from peft_suite import kernels
 
-    cloud = torch.from_numpy(np.ascontiguousarray(points[None, :, :3], np.float32))
+    cloud = torch.from_numpy(np.array(points[None, :, :3], np.float32, order="C"))  # a copy: points may be read-only
     picks: Array = kernels.farthest_point_sampling(cloud, count, start=start, rule=rule)[0].numpy()
     return picks
 

@@ -84,7 +84,7 @@ class Positions(Part):
     def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """``x: [B, N + count, D], pos: [B, N, D]``."""
         if self.every:
-            return x, insert(pos, pos.new_zeros(len(pos), self.count, pos.shape[2]), self.at)
+            return x, insert(pos, pos.new_zeros(pos.shape[0], self.count, pos.shape[2]), self.at)
         return x, pos.new_zeros(1, 1, 1)
 
 

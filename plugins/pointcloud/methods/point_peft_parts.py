@@ -59,11 +59,11 @@ class Locate(Part):
     def forward(self, geometry: Geometry) -> Geometry:
         """Adds the entry "point_peft_places"."""
         points = geometry.points
-        own = self.coordinates.to(points.dtype).expand(len(points), -1, -1)
+        own = self.coordinates.to(points.dtype).expand(points.shape[0], -1, -1)
         cloud = torch.cat((own, points), dim=1)
         early = self.around(kernels.gather_points(cloud, self.grouping.sample(cloud.detach())))
         if self.official:  # rows of a batch of G each, although G + T tokens of a cloud lie there
-            first = torch.arange(len(points), device=points.device) * self.grouping.groups
+            first = torch.arange(points.shape[0], device=points.device) * self.grouping.groups
             near, middle = early.near + first[:, None, None], early.middle + first[:, None]
             early = Around(near.flatten(0, 1)[None], middle.flatten()[None], early.weights)
         return geometry.adding(**{PLACES: Places(early, self.around(geometry.centers), set())})
@@ -182,7 +182,7 @@ class Prompts(Part):
     def forward(self, x: Tensor, pos: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """``x, pos: [B, N, D] -> [B, N + T, D]``."""
         cache = geometry.extra[CACHE]
-        prompt = self.dropout(self.prompt.expand(len(x), -1, -1)) + cache + self.adapter(cache)
+        prompt = self.dropout(self.prompt.expand(x.shape[0], -1, -1)) + cache + self.adapter(cache)
         nowhere = torch.zeros_like(prompt, dtype=pos.dtype)
         k = self.prefix
         return torch.cat((x[:, :k], prompt, x[:, k:]), 1), torch.cat((pos[:, :k], nowhere, pos[:, k:]), 1)
@@ -266,10 +266,10 @@ class Aggregate(Part):
         around = once.early if self.prompts else once.late
         patches = x[:, self.prefix + self.prompts :]
         rows = x[:, self.prefix :] if self.official else patches
-        rows = rows.reshape(len(around.near), -1, x.shape[2])
+        rows = rows.reshape(around.near.shape[0], -1, x.shape[2])
         v = self.shared[0](rows, around.near, self.drop_path)
         v = F.gelu(self.normed(v.flatten(0, 1), once)).view(v.shape)
-        v = (v + self.middle * kernels.gather_points(rows, around.middle)).view(len(x), -1, x.shape[2])
+        v = (v + self.middle * kernels.gather_points(rows, around.middle)).view(x.shape[0], -1, x.shape[2])
         patches = patches + self.propagate * (around.weights.to(v.dtype) @ v)
         x = torch.cat((x[:, : self.prefix], patches), dim=1)
         return (x + self.adapter(x),)

@@ -106,7 +106,7 @@ class Grouping(nn.Module):
 def nearest_walk(centers: Tensor) -> Tensor:
     """PointGPT's order: from centre 0 always on to the nearest centre not visited yet, ``[B, G, 3] -> [B, G]``."""
     gaps = (centers[:, :, None] - centers[:, None]).square().sum(-1)  # [B, G, G]
-    here = torch.zeros(len(centers), 1, dtype=torch.int64, device=centers.device)
+    here = torch.zeros(centers.shape[0], 1, dtype=torch.int64, device=centers.device)
     seen = torch.zeros_like(gaps[:, 0], dtype=torch.bool)
     order = []
     for _ in range(centers.shape[1]):

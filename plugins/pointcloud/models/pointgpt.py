@@ -111,7 +111,7 @@ class Extractor(nn.Module):
 
     def forward_tokens(self, x: Tensor, pos: Tensor, geometry: Geometry) -> Tensor:
         """Normed tokens ``[B, 2 + G, D]``."""
-        x = self.embed(torch.cat((self.sos.to(x.dtype).expand(len(x), 1, -1), x), dim=1))
+        x = self.embed(torch.cat((self.sos.to(x.dtype).expand(x.shape[0], 1, -1), x), dim=1))
         x, pos, geometry = self.entry(x, pos, geometry)
         for layer in self.layers:
             if self.checkpointing and self.training:
@@ -175,7 +175,7 @@ class PointGPT(nn.Module):
         return self.blocks.forward_tokens(*self._sequence(geometry), geometry)
 
     def _sequence(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        batch, dtype = len(geometry.centers), self.cls_token.dtype
+        batch, dtype = geometry.centers.shape[0], self.cls_token.dtype
         tokens = self.encoder(geometry.groups.to(dtype))
         of_patches = self.pos_embed(geometry.centers).to(tokens.dtype)
         first = (self.cls_pos, self.sos_pos) if self.swapped_positions else (self.sos_pos, self.cls_pos)

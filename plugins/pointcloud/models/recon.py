@@ -139,7 +139,7 @@ class ReCon(nn.Module):
 
     def forward_tokens(self, geometry: Geometry) -> Tensor:
         """Normed tokens ``[B, 3 + G, D]`` of a geometry."""
-        batch, dtype = len(geometry.centers), self.cls_token.dtype
+        batch, dtype = geometry.centers.shape[0], self.cls_token.dtype
         tokens = self.encoder(geometry.groups.to(dtype))
         places = self.pos_embed(geometry.centers.to(dtype))
         queries = torch.cat((self.cls_token, self.img_token, self.text_token), dim=1).expand(batch, -1, -1)

@@ -113,7 +113,7 @@ class PointTransformer(nn.Module):
 
     def forward_tokens(self, geometry: Geometry) -> Tensor:
         """Normed tokens ``[B, 1 + G, D]`` of a geometry."""
-        batch, dtype = len(geometry.centers), self.cls_token.dtype
+        batch, dtype = geometry.centers.shape[0], self.cls_token.dtype
         tokens = self.reduce_dim(self.encoder(geometry.groups.to(dtype)))
         pos = self.pos_embed(geometry.centers.to(dtype))
         x = self.embed(torch.cat((self.cls_token.expand(batch, -1, -1).to(tokens.dtype), tokens), dim=1))
