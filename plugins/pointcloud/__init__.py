@@ -23,9 +23,9 @@ plugin = Plugin(
         ),
         AnatomyEntry(
             "point-segmenter",
-            (f"{_MODELS}.segmentation.PartSegmenter",),
+            (f"{_MODELS}.segmentation.PartSegmenter", f"{_MODELS}.bert_parts.BertPartSegmenter"),
             f"{_AT}.segmenter:describe",
-            (f"{_AT}.segmenter:example",),
+            (f"{_AT}.segmenter:example", f"{_AT}.segmenter:example_bert"),
             kin="point-transformer",
         ),
         AnatomyEntry(
@@ -40,6 +40,13 @@ plugin = Plugin(
             (f"{_MODELS}.pointgpt.PointGPT",),
             f"{_AT}.pointgpt:describe",
             (f"{_AT}.pointgpt:example",),
+            kin="point-transformer",
+        ),
+        AnatomyEntry(
+            "any2point",
+            (f"{_MODELS}.any2point.Any2Point",),
+            f"{_AT}.any2point:describe",
+            (f"{_AT}.any2point:example", f"{_AT}.any2point:example_language", f"{_AT}.any2point:example_audio"),
             kin="point-transformer",
         ),
     ),
@@ -68,6 +75,12 @@ plugin = Plugin(
             "Adapters in the spectrum of a graph over the patch centres, of the cloud and of runs of it.",
             "Liang et al., TPAMI 2025",
         ),
+        MethodEntry(
+            "any2point",
+            "peft_suite.pointcloud.methods.any2point:Any2Point",
+            "Adapters guided by voxels and by virtual projections, for a source of another modality.",
+            "Tang et al., ECCV 2024",
+        ),
     ),
     datasets=(
         DatasetEntry("folder", "ROOT/CLASS/CLOUD, ROOT/SPLIT/CLASS/CLOUD or ROOT/CLASS/SPLIT/CLOUD"),
@@ -93,6 +106,9 @@ plugin = Plugin(
     ),
     backbones="peft_suite.pointcloud.backbones:backbones",
     data="peft_suite.pointcloud.data:source",
+    recipes="peft_suite.pointcloud.recipes:book",
+    demo="peft_suite.pointcloud.demo:run",
+    example=("micro-points", "solids-shifted"),
     tasks=(
         TaskEntry(
             "segmentation",

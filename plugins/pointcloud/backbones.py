@@ -33,6 +33,7 @@ class Spec:
         points: of a cloud, what the weights were trained with.
         embedded: ``target`` also takes ``pretrained=True`` and brings its weights inside the package.
         normalize: how the weights expect their clouds.
+        source: of another library, whose loader gets the weights: ``target`` takes ``pretrained`` too.
     """
 
     target: str
@@ -43,10 +44,12 @@ class Spec:
     points: int = 1024
     embedded: bool = False
     normalize: str = "unit-sphere"
+    source: str = ""
 
 
 _PLAIN = f"{_MODELS}.transformer:PointTransformer"
 _GPT = f"{_MODELS}.pointgpt:PointGPT"
+_ANY = f"{_MODELS}.any2point"
 
 CLASSIFIERS: Mapping[str, Spec] = {
     "point-bert": Spec(
@@ -85,6 +88,27 @@ CLASSIFIERS: Mapping[str, Spec] = {
         309_877_288,
         {"embed_dim": 1024, "depth": 24, "num_heads": 16, "large_encoder": True},
     ),
+    "any2point-vision": Spec(
+        f"{_ANY}:vision",
+        "any2point",
+        "Any2Point: a ViT reads clouds, DINOv2 ViT-B/14 (backbone.options.source)",
+        85_823_208,
+        source="timm",
+    ),
+    "any2point-language": Spec(
+        f"{_ANY}:language",
+        "any2point",
+        "Any2Point: CLIP's text encoder reads clouds, that of ViT-L/14 (backbone.options.source)",
+        85_804_776,
+        source="transformers",
+    ),
+    "any2point-audio": Spec(
+        f"{_ANY}:audio",
+        "any2point",
+        "Any2Point: an audio spectrogram transformer reads clouds (backbone.options.source)",
+        85_804_776,
+        source="transformers",
+    ),
 }
 SEGMENTERS: Mapping[str, Spec] = {
     "point-mae": Spec(
@@ -97,6 +121,13 @@ SEGMENTERS: Mapping[str, Spec] = {
 }
 SEGMENTERS = {
     **SEGMENTERS,
+    "point-bert": Spec(
+        f"{_MODELS}.bert_parts:BertPartSegmenter",
+        "point-segmenter",
+        "Point-BERT with the part-segmentation head of its paper",
+        27_085_874,
+        points=2048,
+    ),
     **{
         name: Spec(
             SEGMENTERS["point-mae"].target,
@@ -108,7 +139,16 @@ SEGMENTERS = {
         for name, title in (("act", "ACT"), ("recon-plain", "ReCon's weights"))
     },
 }
-EMBEDDED: Mapping[str, Spec] = {}  # backbones whose weights are inside the package
+EMBEDDED: Mapping[str, Spec] = {  # backbones whose weights are inside the package
+    "micro-points": Spec(
+        "peft_suite.pointcloud.micro:build",
+        "point-transformer",
+        "embedded: 5 blocks of 72 on 32 groups of 16 points, pre-trained on generated solids",
+        358_888,
+        points=512,
+        embedded=True,
+    ),
+}
 
 
 class PointBackbones:
@@ -127,7 +167,8 @@ class PointBackbones:
 
     @staticmethod
     def _summary(spec: Spec) -> str:
-        return f"{spec.summary}; {'weights inside the package' if spec.embedded else 'weights: checkpoint=PATH'}"
+        here = "weights inside the package" if spec.embedded else "weights: checkpoint=PATH"
+        return f"{spec.summary}; {f'weights: {spec.source} fetches them' if spec.source else here}"
 
     def build(
         self, name: str, num_outputs: int, *, pretrained: bool, checkpoint: str, options: Mapping[str, Any]
@@ -145,14 +186,15 @@ class PointBackbones:
             ConfigError: the model does not know an option, or it has no such value.
         """
         spec = self._spec(name)
-        if pretrained and not checkpoint and not spec.embedded:
+        own_loader = spec.embedded or bool(spec.source)
+        if pretrained and not checkpoint and not own_loader:
             raise UnsupportedError(
                 f"The weights of {name!r} are published by its authors, not in this package. Give checkpoint=PATH of "
                 "their .pth file, or pretrained=False for random weights."
             )
         module, _, attribute = spec.target.partition(":")
         make: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-        extra = {"pretrained": pretrained and not checkpoint} if spec.embedded else {}
+        extra = {"pretrained": pretrained and not checkpoint} if own_loader else {}
         try:
             model: nn.Module = make(num_outputs, **{**spec.sizes, **options}, **extra)
         except TypeError as error:
@@ -163,7 +205,7 @@ class PointBackbones:
             from peft_suite.pointcloud.checkpoints import load
 
             load(model, checkpoint)
-        elif not pretrained:
+        elif not pretrained and not spec.source:
             from peft_suite.pointcloud.models.transformer import start_from_scratch
 
             start_from_scratch(model)
@@ -173,7 +215,8 @@ class PointBackbones:
         """Points per cloud, normalisation and up axis that the weights were trained with, and the size of a group."""
         spec, grouping = self._spec(name), getattr(model, "group_divider", None)
         return {
-            "num_points": max(spec.points, 16 * int(getattr(grouping, "groups", 1))),  # 64 of 1024, 128 of 2048, ...
+            "num_points": int(getattr(grouping, "points", 0))
+            or max(spec.points, 16 * int(getattr(grouping, "groups", 1))),  # 64 of 1024, 128 of 2048, ...
             "normalize": spec.normalize,
             "up": "y",
             "channels": [],

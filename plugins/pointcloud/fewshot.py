@@ -8,7 +8,7 @@ Drawn: with ``data.way`` above 0 every other layout becomes an episode: classes 
 of each, ``shots`` random training clouds train and ``queries`` random test clouds test (other training clouds, where
 there is no test split). Without ``data.fold`` the draw follows ``data.split_seed``.
 
-An episode has no validation split; take the last epoch (``recipe.select=last``).
+An episode has no validation split, and ``data.val_fraction`` makes none; take the last epoch (``recipe.select=last``).
 
 Source: Sharma and Kaul, NeurIPS 2020, as used since Yu et al. (Point-BERT), CVPR 2022.
 """
@@ -29,7 +29,9 @@ from peft_suite.pointcloud.listing import Listing, Sample, some
 if TYPE_CHECKING:
     from peft_suite.pointcloud.data import PointDataConfig
 
-__all__ = ["draw_episode", "read_few_shot"]
+__all__ = ["check_episodes", "draw_episode", "read_few_shot"]
+
+NO_VALIDATION = {"no_validation": "Few-shot episodes have none, and data.val_fraction does not hold any of theirs out."}
 
 
 def read_few_shot(config: PointDataConfig) -> Listing:
@@ -60,7 +62,8 @@ def read_few_shot(config: PointDataConfig) -> Listing:
             splits[split].append(Sample(f"{file.name}/{split}[{row}]", label, str(file), row))
     readers = {split: _Items(part) for split, part in items.items()}
     classes = config.classes or tuple(f"class {names.get(i, '?')}" for i in range(config.way))
-    notes = {"way": config.way, "shots": config.shots, "fold": _fold(config), "file": file.name}
+    facts = {"way": config.way, "shots": config.shots, "fold": _fold(config), "file": file.name}
+    notes = {**facts, **NO_VALIDATION}
     return Listing(classes, splits, layout="few-shot", readers=dict(readers), fixed=True, notes=notes)
 
 
@@ -101,8 +104,19 @@ def draw_episode(listing: Listing, config: PointDataConfig) -> Listing:
         if source in listing.readers
     }
     names = tuple(listing.classes[label] for label in labels[: config.way])
-    notes = {**listing.notes, "way": config.way, "shots": config.shots, "queries": config.queries}
-    return Listing(names, splits, listing.layout, readers, listing.normalize, True, {**notes, "fold": _fold(config)})
+    drawn = {"way": config.way, "shots": config.shots, "queries": config.queries, "fold": _fold(config)}
+    notes = {**listing.notes, **drawn, **NO_VALIDATION}
+    return Listing(names, splits, listing.layout, readers, listing.normalize, True, notes)
+
+
+def check_episodes(root: str, way: int, shots: int, folds: int) -> None:
+    """Raise DataError, which names the folds 0 to ``folds - 1`` that are not there."""
+    have = _episodes(Path(root))
+    if lost := [fold for fold in range(folds) if (way, shots, fold) not in have]:
+        raise DataError(
+            f"{root!r} lacks {len(lost)} of {folds} folds of {way}-way {shots}-shot: {some(lost, 10)}. Expected "
+            f"{way}way_{shots}shot/FOLD.pkl."
+        )
 
 
 class _Items:
@@ -120,9 +134,9 @@ def _fold(config: PointDataConfig) -> int:
     return config.fold if config.fold >= 0 else config.split_seed
 
 
-def _episode_file(config: PointDataConfig) -> Path:
-    root = Path(config.root)
-    have = {
+def _episodes(root: Path) -> dict[tuple[int, int, int], Path]:
+    """(way, shots, fold) -> file."""
+    return {
         (int(m[1]), int(m[2]), int(p.stem)): p
         for folder in [root, root / "ModelNetFewshot"]
         if folder.is_dir()
@@ -131,6 +145,10 @@ def _episode_file(config: PointDataConfig) -> Path:
         for p in sorted(sub.glob("*.pkl"))
         if p.stem.isdecimal()
     }
+
+
+def _episode_file(config: PointDataConfig) -> Path:
+    have = _episodes(Path(config.root))
     wanted = (config.way, config.shots, _fold(config))
     if wanted not in have:
         listed = some([f"{w}-way {s}-shot fold {f}" for w, s, f in sorted(have)]) or "none"

@@ -210,7 +210,7 @@ def test_position_is_fixed_unless_asked_for_and_travels(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     with pytest.raises(UnsupportedError, match="classifier of whole clouds"):
-        ps.adapt(segmenter.example()[0], "idpt")
+        ps.adapt(segmenter.example_bert()[0], "idpt")
     with pytest.raises(UnsupportedError, match="choose -2 to 1"):
         ps.adapt(tiny(), "idpt(prompt_layer=2)")
     with pytest.raises(ConfigError, match="neighbors"):

@@ -17,6 +17,7 @@ from peft_suite.errors import FileFormatError
 from peft_suite.pointcloud import demo, micro, pretrain_micro, shapes
 from peft_suite.pointcloud.backbones import backbones
 from peft_suite.pointcloud.data import PointDataConfig
+from peft_suite.train import pretraining
 from peft_suite.train.config import Recipe
 
 ASSET = Path(micro.__file__).parent / "assets" / micro.ASSET
@@ -114,7 +115,7 @@ def test_script_writes_a_loadable_file_and_resumes(small: None, threads: None, t
     pretrain_micro.main(["--steps", "4", "--out", str(straight)])
     assert [p.name for p in straight.parent.iterdir()] == [straight.name]
 
-    step = pretrain_micro.train_step
+    step = pretraining.train_step
     calls: list[int] = []
 
     def failing(*arguments: Any) -> float:
@@ -124,7 +125,7 @@ def test_script_writes_a_loadable_file_and_resumes(small: None, threads: None, t
         return step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_micro, "train_step", failing)
+        patch.setattr(pretraining, "train_step", failing)
         with pytest.raises(RuntimeError):
             pretrain_micro.main(["--steps", "4", "--out", str(broken)])
     with pytest.raises(FileFormatError, match="--seed 0"):

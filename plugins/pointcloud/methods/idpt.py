@@ -14,6 +14,9 @@ No edge is ever kept. With ``W = [W1 ; W2]`` an edge is ``a_j + c_i``, where ``a
 products of the nodes. Batch norm and LeakyReLU are monotone per channel, rising or falling with the sign of the norm's
 weight, so the maximum is the edge with the largest (or smallest) ``a_j``. The mean and variance that the norm needs in
 train mode are sums over edges; they follow from a, c and the neighbours' adjacency matrix.
+
+Below a part-segmentation head there is a prompt at each of the three blocks that the head reads; see
+:mod:`peft_suite.pointcloud.methods.idpt_parts`.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from peft_suite.pointcloud.methods.features import (
     need_cloud_classifier,
     place_of_prompts,
 )
+from peft_suite.pointcloud.methods.idpt_parts import place_prompts
 from peft_suite.pointcloud.models.layers import Block
 
 SLOPE = 0.2
@@ -51,22 +55,23 @@ class IDPTConfig(MethodConfig):
 
     Attributes:
         generator: "dgcnn", three edge layers; "dgcnn_light2", two; "dgcnn_light", one; "mlp", none; "transformer", one
-            block on patches and positions, then the maximum.
+            block on patches and positions, then the maximum. "auto" is the published one: "dgcnn" for a classifier,
+            "mlp" for parts.
         prompt_layer: block p before which the prompt enters, from 0; negative ones count from the end. The paper's is
-            the last of 12.
+            the last of 12. For parts it is fixed by the head.
         cls_type: what the classifier reads: "all"; "promptcls", class and prompt; "pointcls", class and patches;
-            "promptonly".
+            "promptonly". For parts it is fixed.
         neighbors: k of the graphs, a node itself among them; all nodes where there are fewer.
-        train_position: train the prompt's position. In the official code, and so in every published number, it stays
-            the random vector that it starts as.
+        train_position: train the prompt's position. None is as in the official code, and so in every published number:
+            for a classifier it stays the random vector that it starts as, for parts it trains.
     """
 
     method: ClassVar[str] = "idpt"
-    generator: Literal["dgcnn", "dgcnn_light2", "dgcnn_light", "mlp", "transformer"] = "dgcnn"
+    generator: Literal["auto", "dgcnn", "dgcnn_light2", "dgcnn_light", "mlp", "transformer"] = "auto"
     prompt_layer: int = -1
     cls_type: Literal["all", "promptcls", "pointcls", "promptonly"] = "all"
     neighbors: int = 20
-    train_position: bool = False
+    train_position: bool | None = None
 
     def validate(self) -> None:
         self.require("neighbors", self.neighbors >= 1, "must be at least 1")
@@ -188,7 +193,7 @@ class InstancePrompt(Part):
 
     def place(self, pos: Tensor) -> Tensor:
         """``pos`` with the prompt's position in it."""
-        return insert(pos, self.position.expand(len(pos), -1, -1), self.at)
+        return insert(pos, self.position.expand(pos.shape[0], -1, -1), self.at)
 
 
 class PromptPosition(Part):
@@ -208,7 +213,8 @@ class IDPT(Method[IDPTConfig]):
 
     On Point-MAE with 15 classes 1,696,783 parameters are trained ("dgcnn"), of which the generator has 1,330,176. The
     official counts of "dgcnn_light" and "mlp" are 2D = 768 higher: a batch norm that is never called. On PointGPT the
-    prompt stands in front of all tokens, where causal attention lets them see it.
+    prompt stands in front of all tokens, where causal attention lets them see it. With Point-MAE's part-segmentation
+    head 5,683,762 are trained, the official count less three such norms.
     """
 
     config_class = IDPTConfig
@@ -217,6 +223,7 @@ class IDPT(Method[IDPTConfig]):
         "idpt(generator=dgcnn_light, neighbors=3, prompt_layer=0, cls_type=pointcls, train_position=True)",
         "idpt(generator=mlp, cls_type=promptonly)",
         "idpt(generator=transformer, cls_type=promptcls)",
+        "idpt(generator=transformer, neighbors=3, train_position=False)",
     )
 
     @property
@@ -224,12 +231,16 @@ class IDPT(Method[IDPTConfig]):
         return Capabilities(identity_at_init=False, changes_sequence=True)
 
     def build(self, anatomy: Anatomy, edit: Editor) -> None:
-        """Place the generator and widen the classifier.
+        """Place the generator and widen the classifier; or the generators of a part-segmentation head.
 
         Raises:
-            UnsupportedError: no point transformer with a classifier and a class token, or fewer blocks than asked for.
+            UnsupportedError: no point transformer with a classifier and a class token, or with a head that reads
+                features of the whole cloud; fewer blocks than asked for; a classifier's options for such a head.
         """
         config = self.config
+        if edit.having("summary"):
+            self._build_parts(anatomy, edit)
+            return
         need_cloud_classifier(anatomy, edit, "idpt")
         blocks = anatomy.need_blocks("idpt")
         layer = config.prompt_layer + (len(blocks) if config.prompt_layer < 0 else 0)
@@ -243,7 +254,7 @@ class IDPT(Method[IDPTConfig]):
             anatomy.dim,
             anatomy.prefix_tokens,
             place_of_prompts(anatomy),
-            config.train_position,
+            bool(config.train_position),
         )
         edit.inside(blocks[layer].point, "tokens", part, "idpt")
         for block in blocks[layer + 1 :]:
@@ -253,9 +264,23 @@ class IDPT(Method[IDPTConfig]):
         whole = config.cls_type != "promptonly"
         give_feature(anatomy, edit, "idpt", 1, class_token=whole, prompts=prompts, patches=patches)
 
-    def _generator(self, anatomy: Anatomy, edit: Editor, layer: int) -> nn.Module:
+    def _build_parts(self, anatomy: Anatomy, edit: Editor) -> None:
+        config, usual = self.config, IDPTConfig()
+        for name in ("prompt_layer", "cls_type"):
+            if (value := getattr(config, name)) != getattr(usual, name):
+                raise UnsupportedError(
+                    f"idpt: {name} = {value!r} is for classifiers; a part-segmentation head says itself where prompts "
+                    f"enter and what it reads. Leave {name} out."
+                )
+        (path,) = edit.having("summary")
+        taps = sorted(set(edit.module(path).taps))  # type: ignore[arg-type]
+        generators = [self._generator(anatomy, edit, tap, "mlp") for tap in taps]
+        place_prompts(anatomy, edit, "idpt", generators, taps, config.train_position is not False)
+
+    def _generator(self, anatomy: Anatomy, edit: Editor, layer: int, usual: str = "dgcnn") -> nn.Module:
         config = self.config
-        if config.generator == "transformer":
+        kind = usual if config.generator == "auto" else config.generator
+        if kind == "transformer":
             attention: Any = edit.module(anatomy.need_point(anatomy.blocks[layer], "attn", "idpt").path)
             return BlockGenerator(anatomy.dim, attention.num_heads)
-        return GraphGenerator(anatomy.dim, _EDGE_LAYERS[config.generator], config.neighbors)
+        return GraphGenerator(anatomy.dim, _EDGE_LAYERS[kind], config.neighbors)

@@ -157,6 +157,11 @@ class PointPEFT(Method[PointPEFTConfig]):
         paths = edit.having("geometry")
         if not paths or not edit.having("entry") or anatomy.norm is None:
             raise UnsupportedError(f"point-peft works on the patches of point clouds, and {anatomy.family} has none.")
+        if f"{anatomy.norm.path}.weight" in anatomy.fresh:
+            raise UnsupportedError(
+                "point-peft remembers what a frozen tokenizer makes of the training clouds, and "
+                f"{anatomy.family}'s tokenizer and norm are trained."
+            )
         grouping = edit.module(paths[0])
         assert isinstance(grouping, Grouping)
         if min(grouping.groups, grouping.size) < 2:

@@ -6,7 +6,8 @@
     parts  = W5 ReLU BN W4 dropout ReLU BN W3 [f ; cloud]                                     [B, N, P]
 
 There is no class token. Two exact rewritings: W1 acts on the G centres before the interpolation instead of on the N
-points after it (both are linear), and W3 acts on the cloud's vector once instead of beside every point.
+points after it (both are linear), and W3 acts on the cloud's vector once instead of beside every point. Point-BERT's
+head is :class:`peft_suite.pointcloud.models.bert_parts.BertPartSegmenter`.
 """
 
 from __future__ import annotations
@@ -18,23 +19,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_suite import kernels
+from peft_suite.edits import Beside
 from peft_suite.errors import ConfigError, DataError
 from peft_suite.pointcloud.models.geometry import Geometry, Grouping
 from peft_suite.pointcloud.models.layers import Block, growing
 from peft_suite.pointcloud.models.tokenizer import MiniPointNet, Pointwise, pointwise
 from peft_suite.pointcloud.models.transformer import Blocks, check_sizes, position_mlp
 
-__all__ = ["Carried", "PartSegmenter", "Propagation", "WithCloud", "carried", "with_cloud"]
+__all__ = [
+    "Carried",
+    "Embedded",
+    "PartSegmenter",
+    "Propagation",
+    "Summary",
+    "WithCloud",
+    "carried",
+    "check_parts",
+    "one_hot",
+    "over_points",
+    "summary_forward",
+    "with_cloud",
+]
 
 
 class Carried(Pointwise):
-    """``W [points ; features interpolated from centres to points]``; see :func:`carried`."""
+    """``W [cloud ; points ; features interpolated from centres to points]``; see :func:`carried`."""
 
     further_inputs = True
 
-    def forward(self, x: Tensor, points: Tensor, centers: Tensor) -> Tensor:  # type: ignore[override]
-        """``x: [B, G, C], points: [B, N, 3], centers: [B, G, 3] -> [B, N, out]``."""
-        return carried(self, x, self.weight, self.bias, points, centers)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, points: Tensor, centers: Tensor, cloud: Tensor | None = None
+    ) -> Tensor:
+        """``x: [B, G, C], points: [B, N, 3], centers: [B, G, 3] -> [B, N, out]``; ``cloud: [B, C']`` or none."""
+        return carried(self, x, self.weight, self.bias, points, centers, cloud)
 
 
 class WithCloud(Pointwise):
@@ -48,13 +65,21 @@ class WithCloud(Pointwise):
 
 
 def carried(
-    module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, points: Tensor, centers: Tensor
+    module: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    points: Tensor,
+    centers: Tensor,
+    cloud: Tensor | None = None,
 ) -> Tensor:
     """The matrix acts on the centres' features, the result is carried to the points by inverse squared distance."""
     assert weight is not None
-    of_point, of_feature = weight.squeeze(-1).tensor_split((3,), dim=1)
+    first = 0 if cloud is None else cloud.shape[1]
+    of_cloud, of_point, of_feature = weight.squeeze(-1).tensor_split((first, first + 3), dim=1)
     wide = kernels.interpolate(points, centers, F.linear(x, of_feature), k=min(3, centers.shape[1]), power=2)
-    return wide.to(x.dtype) + F.linear(points.to(x.dtype), of_point, bias)
+    out = wide.to(x.dtype) + F.linear(points.to(x.dtype), of_point, bias)
+    return out if cloud is None else out + F.linear(cloud.to(x.dtype), of_cloud).unsqueeze(1)
 
 
 def with_cloud(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, cloud: Tensor) -> Tensor:
@@ -65,18 +90,42 @@ def with_cloud(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | Non
 
 
 class Propagation(nn.Module):
-    """From the centres' features to the points': ``[B, G, C] -> [B, N, 1024]``."""
+    """From the centres' features to the points': ``[B, G, C] -> [B, N, widths[1]]``.
 
-    def __init__(self, features: int) -> None:
+    ``beside``: numbers that come before the features: the 3 coordinates, and what is known of the whole cloud.
+    """
+
+    def __init__(self, features: int, widths: tuple[int, int] = (1536, 1024), beside: int = 3) -> None:
         super().__init__()
-        self.mlp_convs = nn.ModuleList((Carried(3 + features, 1536), Pointwise(1536, 1024)))
-        self.mlp_bns = nn.ModuleList((nn.BatchNorm1d(1536), nn.BatchNorm1d(1024)))
+        self.mlp_convs = nn.ModuleList((Carried(beside + features, widths[0]), Pointwise(*widths)))
+        self.mlp_bns = nn.ModuleList(nn.BatchNorm1d(width) for width in widths)
 
-    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
-        """``x: [B, G, C]``."""
-        x = self.mlp_convs[0](x, geometry.points, geometry.centers)
+    def forward(self, x: Tensor, points: Tensor, centers: Tensor, cloud: Tensor | None = None) -> Tensor:
+        """``x: [B, G, C]``, ``points: [B, N, 3]``, ``centers: [B, G, 3]``, ``cloud: [B, beside - 3]`` or none."""
+        x = self.mlp_convs[0](x, points, centers, cloud)
         x = F.relu(over_points(self.mlp_bns[0], x))
         return F.relu(over_points(self.mlp_bns[1], self.mlp_convs[1](x)))
+
+
+class Summary(nn.Module):
+    """Features of the patches and of the whole cloud: ``x: [B, G, 3D] -> x, [max ; mean]: [B, 6D]``; no parameters.
+
+    ``taps``: the blocks that the features come from.
+    """
+
+    def __init__(self, taps: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.taps = taps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x: [B, G, 3D]``."""
+        return x, torch.cat((x.amax(1), x.mean(1)), dim=1)
+
+
+def summary_forward(summary: Any, beside: Beside, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The described forward of :class:`Summary`: at "summary", parts get and give tokens and the cloud's features."""
+    tokens, cloud = beside.through("summary", *Summary.forward(summary, x))
+    return tokens, cloud
 
 
 class PartSegmenter(nn.Module):
@@ -108,12 +157,7 @@ class PartSegmenter(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(embed_dim, num_heads, depth, groups, group_size, channels, drop_path)
-        self.taps = taps or tuple(max(depth * third // 3 - 1, 0) for third in (1, 2, 3))
-        if categories < 0 or len(self.taps) != 3 or not all(0 <= t < depth for t in self.taps):
-            raise ConfigError(
-                f"categories = {categories}, taps = {self.taps}: no negative number of categories, and three of the "
-                f"blocks 0 to {depth - 1}."
-            )
+        self.taps = check_parts(categories, taps, depth)
         self.embed_dim, self.categories = embed_dim, categories
         self.group_divider = Grouping(groups, group_size, rule=rule)
         self.encoder = MiniPointNet(embed_dim, channels)
@@ -124,6 +168,7 @@ class PartSegmenter(nn.Module):
         self.label_conv = (
             nn.Sequential(Embedded(categories, 64), nn.BatchNorm1d(64), nn.LeakyReLU(0.2)) if categories else None
         )
+        self.summary = Summary(self.taps)
         self.propagation_0 = Propagation(3 * embed_dim)
         self.convs1 = WithCloud(1024 + 6 * embed_dim + (64 if categories else 0), 512)
         self.bns1, self.dp1 = nn.BatchNorm1d(512), nn.Dropout(0.5)
@@ -137,11 +182,10 @@ class PartSegmenter(nn.Module):
             DataError: the categories' shape does not fit.
         """
         geometry = self.group_divider(points)
-        x = torch.cat(self.forward_taps(geometry), dim=2)
-        cloud = torch.cat((x.amax(1), x.mean(1)), dim=1)
+        x, cloud = self.summary(torch.cat(self.forward_taps(geometry), dim=2))
         if self.label_conv is not None:
-            cloud = torch.cat((cloud, self.label_conv(self._one_hot(category, x))), dim=1)
-        f = self.propagation_0(x, geometry)
+            cloud = torch.cat((cloud, self.label_conv(one_hot(category, self.categories, x))), dim=1)
+        f = self.propagation_0(x, geometry.points, geometry.centers)
         f = self.dp1(F.relu(over_points(self.bns1, self.convs1(f, cloud))))
         f = F.relu(over_points(self.bns2, self.convs2(f)))
         parts: Tensor = self.convs3(f)
@@ -155,18 +199,33 @@ class PartSegmenter(nn.Module):
         outputs = self.blocks.every(x, pos, geometry)
         return [self.norm(outputs[t]) for t in self.taps]
 
-    def _one_hot(self, category: Tensor | None, like: Tensor) -> Tensor:
-        if category is None:
-            return like.new_zeros(len(like), self.categories)
-        if category.shape != (len(like),):
-            raise DataError(
-                f"category has shape {list(category.shape)}; one number per cloud, [{len(like)}], is needed."
-            )
-        return F.one_hot(category.long(), self.categories).to(like.dtype)
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute blocks again in backward instead of keeping what is inside them."""
         self.blocks.checkpointing = enable
+
+
+def check_parts(categories: int, taps: tuple[int, int, int] | None, depth: int) -> tuple[int, int, int]:
+    """The blocks that the head reads; ConfigError for what no model can have."""
+    found = taps or tuple(max(depth * third // 3 - 1, 0) for third in (1, 2, 3))
+    if categories < 0 or len(found) != 3 or not all(0 <= t < depth for t in found):
+        raise ConfigError(
+            f"categories = {categories}, taps = {found}: no negative number of categories, and three of the "
+            f"blocks 0 to {depth - 1}."
+        )
+    return found[0], found[1], found[2]
+
+
+def one_hot(category: Tensor | None, categories: int, like: Tensor) -> Tensor:
+    """``[B] -> [B, categories]``, zeros for None.
+
+    Raises:
+        DataError: not one number per cloud.
+    """
+    if category is None:
+        return like.new_zeros(len(like), categories)
+    if category.shape != (len(like),):
+        raise DataError(f"category has shape {list(category.shape)}; one number per cloud, [{len(like)}], is needed.")
+    return F.one_hot(category.long(), categories).to(like.dtype)
 
 
 class Embedded(nn.Module):
