@@ -6,7 +6,7 @@ FARM := $(VENV)/.linked
 INTERPRETED := tests/kernels/interpreter
 SOURCES := $(shell find core kernels plugins -name '*.py' -o -name '*.safetensors' -o -name '*.html' -o -name '*.yaml' | sort)
 
-.PHONY: demo demo-full test test-all interpreter lint types bench bench-kernels docs clean
+.PHONY: demo demo-full test test-all interpreter lint types bench bench-kernels bench-pointcloud docs clean
 
 demo: $(FARM)
 	$(VENV)/bin/peft-suite demo --out runs/demo
@@ -36,6 +36,11 @@ bench: $(FARM)
 
 bench-kernels: $(FARM)
 	$(PY) benchmarks/kernels/run.py
+
+bench-pointcloud: $(FARM)
+	$(PY) benchmarks/pointcloud/geometry.py
+	$(PY) benchmarks/pointcloud/steps.py
+	$(PY) benchmarks/pointcloud/loading.py
 
 docs: $(FARM)
 	$(VENV)/bin/mkdocs build -q

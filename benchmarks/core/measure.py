@@ -1,11 +1,13 @@
-"""Exact counts (operations, saved bytes) and interleaved timing."""
+"""Exact counts (operations, saved bytes), interleaved timing, and what a method costs beside others of one process."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,26 +60,157 @@ def forward_ops(model: nn.Module, x: Tensor) -> Counter[str]:
 
 
 def paired(ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int, warmup: int = 2) -> dict[str, float]:
-    """Times ``ours`` and ``theirs`` in turn, in alternating order; the ratio per pair, its median and a 95 % interval.
+    """Times ``ours`` and ``theirs`` in turn, in alternating order; median and 95 % interval of the pairs' ratios."""
+    times = interleaved({"ours": ours, "theirs": theirs}, pairs, warmup)
+    return {
+        "ours_s": statistics.median(times["ours"]),
+        "theirs_s": statistics.median(times["theirs"]),
+        **ratio(times["ours"], times["theirs"]),
+    }
 
-    The interval is the distribution-free one of the median (order statistics of a binomial).
-    """
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every call in every round, each once per round, in alternating order: drift hits all alike."""
     for _ in range(warmup):
-        ours()
-        theirs()
-    a, b = [], []
-    for i in range(pairs):
-        for fn, times in ((ours, a), (theirs, b)) if i % 2 else ((theirs, b), (ours, a)):
+        for call in calls.values():
+            call()
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names if i % 2 else reversed(names):
             start = time.perf_counter()
-            fn()
-            times.append(time.perf_counter() - start)
-    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Median of the rounds' ratios and its distribution-free 95 % interval (order statistics of a binomial)."""
+    ratios = sorted(x / y for x, y in zip(ours, theirs, strict=True))
     half = int(0.98 * len(ratios) ** 0.5)
     low, high = max(0, len(ratios) // 2 - half), min(len(ratios) - 1, len(ratios) // 2 + half)
-    return {
-        "ours_s": statistics.median(a),
-        "theirs_s": statistics.median(b),
-        "ratio": statistics.median(ratios),
-        "low": ratios[low],
-        "high": ratios[high],
+    return {"ratio": statistics.median(ratios), "low": ratios[low], "high": ratios[high]}
+
+
+@contextmanager
+def timed_calls(targets: Iterable[tuple[Any, str, str]]) -> Iterator[dict[str, float]]:
+    """While it lasts, the seconds spent in the attributes ``(owner, name, label)``, summed by label.
+
+    A timed call inside a timed call counts once. On a GPU every timed call waits for the device before and after.
+    """
+    spent: dict[str, float] = defaultdict(float)
+    inside: list[str] = []
+
+    def timing(call: Callable[..., Any], label: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if inside:
+                return call(*args, **kwargs)
+            inside.append(label)
+            synchronise()
+            start = time.perf_counter()
+            try:
+                out = call(*args, **kwargs)
+                synchronise()
+                return out
+            finally:
+                spent[label] += time.perf_counter() - start
+                inside.pop()
+
+        return timed
+
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
+    for (owner, name, label), (_, _, call) in zip(targets, before, strict=True):
+        setattr(owner, name, timing(call, label))
+    try:
+        yield spent
+    finally:
+        for owner, name, call in before:
+            setattr(owner, name, call)
+
+
+class Trial:
+    """A model in train mode and its optimizer; ``clip``: the norm that gradients are scaled down to."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, clip: float | None = None) -> None:
+        self.model, self.x, self.y, self.clip = model.train(), x, y, clip
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+
+    def step(self) -> None:
+        """One training step."""
+        torch.autograd.backward(nn.functional.cross_entropy(self.model(self.x), self.y))
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        synchronise()
+
+    def peak(self) -> float:
+        """MiB allocated on the GPU at most during a step, the model's own included."""
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+
+def infer(model: nn.Module, x: Tensor) -> None:
+    """One forward without gradients."""
+    with torch.no_grad():
+        model(x)
+    synchronise()
+
+
+def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def adapted(model: nn.Module, spec: str, x: Tensor, y: Tensor, batches: int = 2) -> nn.Module:
+    """The model with a method, calibrated on so many batches where the method wants it."""
+    import peft_suite as ps
+
+    ps.adapt(model, spec)
+    shown = [(x + i, y) for i in range(batches)]
+    ps.events(model).calibrate(shown, lambda b: nn.functional.cross_entropy(model(b[0]), b[1]))
+    return model
+
+
+def cost(
+    label: str, model: nn.Module, plain: nn.Module, others: Mapping[str, Trial], rounds: int, clip: float | None = None
+) -> dict[str, Any]:
+    """A row: training step of ``model`` against those of ``others`` (the first gets the interval), memory, inference.
+
+    Inference is that of the model against ``plain``, both in eval mode, in which they are left.
+    """
+    x, y = next((t.x, t.y) for t in others.values())
+    trial = Trial(model, x, y, clip)
+    saved = count(model, x, y)["saved"] / 2**20
+    times = interleaved({"": trial.step, **{n: t.step for n, t in others.items()}}, rounds, 1)
+    found = {name: ratio(times[""], times[name]) for name in others}
+    first = next(iter(others))
+    row: dict[str, Any] = {
+        "method": label,
+        "trained": sum(p.numel() for p in trial.trained),
+        **{f"x_{name}": found[name]["ratio"] for name in others},
+        "low": found[first]["low"],
+        "high": found[first]["high"],
+        "step_s": statistics.median(times[""]),
+        **{f"{name}_s": statistics.median(times[name]) for name in others},
+        "saved_mib": saved,
     }
+    if x.is_cuda:
+        row["peak_mib"] = trial.peak()
+    del trial
+    model.eval()
+    plain.eval()
+    row["x_plain"] = paired(lambda: infer(model, x), lambda: infer(plain, x), max(3, rounds // 2), 1)["ratio"]
+    return row
+
+
+def machine(device: str = "cpu") -> str:
+    """What the GPU or the processor calls itself."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -10,19 +10,15 @@ tests of the recipes' own runs use other images and other seeds. Prints and writ
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from peft_suite.storage import write_json
-from peft_suite.train.config import RunConfig
-from peft_suite.train.grid import Job, run_jobs
-from peft_suite.train.record import read_run
 from peft_suite.train.suites import merged
 from peft_suite.vision.recipes import CIFAR10, book
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
+from choose import choose
 
 SEED = 100
 VALIDATION = {"val_fraction": 0.02, "eval_shots": 100}
@@ -45,48 +41,13 @@ def main() -> None:
     names = sorted(n.removesuffix("-cifar10") for n, r in book.recipes.items() if r.suite == CIFAR10.name)
     chosen = [n.strip() for n in args.methods.split(",") if n.strip()] or names
 
-    def jobs(name: str, rates: Sequence[float]) -> list[Job]:
+    def fields(name: str, rate: float) -> dict[str, Any]:
         recipe = book.recipe(f"{name}-cifar10")
-        fields = merged(recipe.run_fields(CIFAR10, "100-images"), {"data": {"root": args.root, **VALIDATION}})
-        fields["backbone"]["checkpoint"] = args.checkpoint
-        shared = {"plugin": "vision", "device": "cpu", "seed": SEED}
-        runs = [(rate, merged(fields, shared, {"recipe": {"lr": rate, **STEPS}})) for rate in rates]
-        return [Job(name, f"lr-{rate:g}", SEED, RunConfig.from_dict(values)) for rate, values in runs]
+        values = merged(recipe.run_fields(CIFAR10, "100-images"), {"data": {"root": args.root, **VALIDATION}})
+        values["backbone"]["checkpoint"] = args.checkpoint
+        return merged(values, {"plugin": "vision", "device": "cpu"}, {"recipe": {"lr": rate, **STEPS}})
 
-    run_jobs([job for name in chosen for job in jobs(name, OTHER.get(name, RATES))], args.out)
-    further = []
-    for name in chosen:
-        found = accuracies(args.out, name)
-        best = max(found, key=lambda rate: found[rate])
-        if best == min(found):
-            further += jobs(name, [float(f"{best / 10**0.5:.0e}")])
-        elif best == max(found):
-            further += jobs(name, [float(f"{best * 10**0.5:.0e}")])
-    run_jobs(further, args.out)
-    show(args.out, names)
-
-
-def accuracies(out: Path, name: str) -> dict[float, float]:
-    """Rate -> validation accuracy of a method's finished runs."""
-    found = {}
-    for folder in (out / name).glob("lr-*"):
-        run = read_run(folder / f"seed-{SEED}")
-        if run and run["status"] == "finished":
-            found[float(folder.name.removeprefix("lr-"))] = run["final"]["val"]["accuracy"]
-    return dict(sorted(found.items()))
-
-
-def show(out: Path, names: list[str]) -> None:
-    """The validation accuracies of all finished runs and the best rate of each method."""
-    table = Table("method", "rate: accuracy", "chosen")
-    record: dict[str, Any] = {}
-    for name in names:
-        if found := accuracies(out, name):
-            best = max(found, key=lambda rate: found[rate])
-            record[name] = {"chosen": best, "validation_accuracy": {f"{r:g}": a for r, a in found.items()}}
-            table.add_row(name, "  ".join(f"{rate:g}: {100 * a:.1f}" for rate, a in found.items()), f"{best:g}")
-    write_json(out / "chosen.json", record)
-    Console(width=120).print(table)
+    choose(fields, {name: OTHER.get(name, RATES) for name in chosen}, (SEED,), args.out)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from peft_suite.errors import MergeError
 from peft_suite.vision.methods.binary import QuantisedLinear
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
-from measure import count, forward_ops, paired
+from measure import Trial, adapted, cost, forward_ops, machine
 
 MODEL, CLASSES = "vit_base_patch16_224", 100
 METHODS = (
@@ -44,33 +44,6 @@ METHODS = (
     "vpt(num_tokens=50),vpt(num_tokens=50, deep=True),convpass,convpass-attn,mam,hst,spt-lora,spt-adapter,"
     "bi-adaptformer,bi-lora,snell,snella"
 )
-
-
-class Trial:
-    """A model, its optimizer, and what is timed."""
-
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
-        self.model, self.x, self.y = model.train(), x, y
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
-
-    def step(self) -> None:
-        """One training step."""
-        nn.functional.cross_entropy(self.model(self.x), self.y).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        synchronise()
-
-    def infer(self) -> None:
-        """One forward without gradients."""
-        with torch.no_grad():
-            self.model(self.x)
-        synchronise()
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -100,17 +73,22 @@ def main() -> None:
     plain = fresh()
     specs: list[str] = list(split_methods(args.methods))
     rows: list[dict[str, Any]] = []
-    builders: list[tuple[str, Callable[[], nn.Module]]] = [(s, lambda s=s: built(fresh(), s, x, y)) for s in specs]
+    builders: list[tuple[str, Callable[[], nn.Module]]] = [(s, lambda s=s: adapted(fresh(), s, x, y)) for s in specs]
     if args.peer and (peer := peer_lora(fresh)) is not None:
         builders.append(peer)
     for label, build in builders:
         start = time.perf_counter()
-        rows.append(measure(label, build(), plain, linear, args.rounds, x, y))
+        model = build()
+        rows.append(cost(label, model, plain, {"linear": linear}, args.rounds))
+        if "adapters" in model._modules:
+            rows[-1] |= files(model)
+            rows[-1]["merged"] = merged(model, plain, x)
         print(f"{label}: {rows[-1]['x_linear']:.2f}x, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        del model
         gc.collect()
     record = {
         "date": str(datetime.date.today()),
-        "machine": cpu_name() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "machine": machine(args.device),
         "threads": args.threads,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
         "model": args.model,
@@ -124,21 +102,6 @@ def main() -> None:
     show(record)
 
 
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-
-
-def built(model: nn.Module, spec: str, x: Tensor, y: Tensor) -> nn.Module:
-    """The adapted model, calibrated where the method wants it."""
-    ps.adapt(model, spec)
-    batches = [(x + i, y) for i in range(2)]
-    ps.events(model).calibrate(batches, lambda b: nn.functional.cross_entropy(model(b[0]), b[1]))
-    return model
-
-
 def peer_lora(fresh: Callable[[], nn.Module]) -> tuple[str, Callable[[], nn.Module]] | None:
     """HF peft's LoRA on the fused qkv; None where the library is not installed."""
     try:
@@ -147,44 +110,6 @@ def peer_lora(fresh: Callable[[], nn.Module]) -> tuple[str, Callable[[], nn.Modu
         return None
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], modules_to_save=["head"])
     return f"peer: peft {peft.__version__} lora on qkv", lambda: peft.get_peft_model(fresh(), config)  # type: ignore[return-value,arg-type]
-
-
-def measure(
-    label: str, model: nn.Module, plain: nn.Module, linear: Trial, rounds: int, x: Tensor, y: Tensor
-) -> dict[str, Any]:
-    """One row."""
-    trial = Trial(model, x, y)
-    saved = count(model, x, y)["saved"] / 2**20
-    found = paired(trial.step, linear.step, rounds, 1)
-    row: dict[str, Any] = {
-        "method": label,
-        "trained": sum(p.numel() for p in trial.trained),
-        "x_linear": found["ratio"],
-        "low": found["low"],
-        "high": found["high"],
-        "step_s": found["ours_s"],
-        "linear_s": found["theirs_s"],
-        "saved_mib": saved,
-    }
-    if x.is_cuda:
-        row["peak_mib"] = peak(trial)
-    del trial
-    model.eval()
-    inference = Trial(model, x, y)
-    model.eval()
-    row["x_plain"] = paired(inference.infer, Trial(plain, x, y).infer, max(3, rounds // 2), 1)["ratio"]
-    plain.eval()
-    if "adapters" in model._modules:
-        row |= files(model)
-        row["merged"] = merged(model, plain, x)
-    return row
-
-
-def peak(trial: Trial) -> float:
-    """MiB allocated at most during a step, the model's own included."""
-    torch.cuda.reset_peak_memory_stats()
-    trial.step()
-    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def files(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""A learning rate for each method by validation: short runs over a few rates, and one rate further at an end.
+
+A run of a rate lies in ``OUT/METHOD/lr-RATE/seed-K``, so a choice that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from peft_suite.storage import write_json
+from peft_suite.train.config import RunConfig
+from peft_suite.train.grid import Job, run_jobs
+from peft_suite.train.record import read_run
+
+__all__ = ["choose", "scores"]
+
+Fields = Callable[[str, float], Mapping[str, Any]]
+
+
+def choose(fields: Fields, rates: Mapping[str, Sequence[float]], seeds: Sequence[int], out: Path) -> dict[str, float]:
+    """Run what is missing; write ``chosen.json``, print the table.
+
+    Args:
+        fields: ``fields(method, rate)`` are those of :class:`RunConfig`, without the seed.
+        rates: method -> rates to try; where the best is the lowest or the highest, half a decade further is tried too.
+        seeds: of the trials, other ones than those of the runs that are reported.
+
+    Returns:
+        Method -> rate of the best mean validation score.
+    """
+
+    def jobs(name: str, tried: Sequence[float]) -> list[Job]:
+        return [
+            Job(name, f"lr-{rate:g}", seed, RunConfig.from_dict({**fields(name, rate), "seed": seed}))
+            for rate in tried
+            for seed in seeds
+        ]
+
+    run_jobs([job for name, tried in rates.items() for job in jobs(name, tried)], out)
+    further = []
+    for name in rates:
+        found = scores(out, name, seeds)
+        best = max(found, key=lambda rate: found[rate]) if found else 0.0
+        if best == min(found, default=None):
+            further += jobs(name, [float(f"{best / 10**0.5:.0e}")])
+        elif best == max(found, default=None):
+            further += jobs(name, [float(f"{best * 10**0.5:.0e}")])
+    run_jobs(further, out)
+    return show(out, sorted(rates), seeds)
+
+
+def scores(out: Path, name: str, seeds: Sequence[int]) -> dict[float, float]:
+    """Rate -> mean validation score of a method's finished runs, for rates that every seed has finished."""
+    found = {}
+    for folder in (out / name).glob("lr-*"):
+        runs = [read_run(folder / f"seed-{seed}") for seed in seeds]
+        if all(run and run["status"] == "finished" for run in runs):
+            found[float(folder.name.removeprefix("lr-"))] = mean(r["final"]["val"][r["metric"]] for r in runs if r)
+    return dict(sorted(found.items()))
+
+
+def show(out: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
+    """The validation scores of all finished runs and the best rate of each method."""
+    table = Table("method", "rate: validation score", "chosen")
+    record: dict[str, Any] = {}
+    for name in names:
+        if found := scores(out, name, seeds):
+            best = max(found, key=lambda rate: found[rate])
+            record[name] = {"chosen": best, "validation": {f"{r:g}": a for r, a in found.items()}}
+            table.add_row(name, "  ".join(f"{rate:g}: {100 * a:.1f}" for rate, a in found.items()), f"{best:g}")
+    write_json(out / "chosen.json", record)
+    Console(width=140).print(table)
+    return {name: entry["chosen"] for name, entry in record.items()}
