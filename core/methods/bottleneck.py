@@ -2,8 +2,8 @@
 
     Delta(x) = s * (f(LN(x) D^T + b_D) U^T + b_U)          D: [r, d]   U: [d, r]
 
-placed after or beside the attention, the MLP, or both. Houlsby (ICML 2019), Pfeiffer (EACL 2021), parallel/scaled
-adapters and AdaptFormer (NeurIPS 2022) are presets of it, available under their own names.
+placed after, beside or in front of the attention, the MLP, or both. Houlsby (ICML 2019), Pfeiffer (EACL 2021),
+parallel/scaled adapters and AdaptFormer (NeurIPS 2022) are presets of it, available under their own names.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_suite.anatomy import Anatomy
+from peft_suite.anatomy import Anatomy, Block
 from peft_suite.config import MethodConfig
 from peft_suite.edits import Part
 from peft_suite.method import Capabilities, Editor, Method
+from peft_suite.methods.trained_norm import own_norm
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -38,10 +39,17 @@ class BottleneckConfig(MethodConfig):
     Attributes:
         bottleneck: inner width r; ``L*(2dr + r + d)`` parameters per placement with biases.
         position: which sub-layer: "mlp", "attn" or "both".
-        insertion: "sequential" reads the sub-layer's output, ``h + Delta(h)``; "parallel" its input, ``h + Delta(x)``.
+        insertion: "sequential" reads the sub-layer's output, ``h + Delta(h)``; "parallel" its input, ``h + Delta(x)``;
+            "before" changes that input, ``S(x + Delta(x))``; "hydra" is one sequential and one parallel adapter.
         source: for parallel, which input: "sublayer" is what the sub-layer reads (after its norm), inside drop path;
             "residual" is the un-normalised stream, outside drop path (AdaptFormer).
         outside: for sequential, put the adapter after drop path instead of inside the residual branch (NOAH).
+        residual: whether what the adapter reads is added to what it gives; None: as it must be to start as an identity,
+            for parallel no, else yes. True for parallel adds the sub-layer's input to the stream; False for sequential
+            puts the adapter in the place of the residual branch, and for before the residual around the sub-layer
+            instead of the adapter, ``S(Delta(x)) + Delta(x)``.
+        norms: train the norm of each adapted sub-layer too (``2d`` more per placement), as Houlsby and the audio
+            studies do.
         activation: nonlinearity between the projections.
         scale: fixed factor s, or the start of a trained one (``learned_scale``).
         layernorm: LayerNorm (eps 1e-5) on the input ("in") or on the scaled output ("out").
@@ -54,9 +62,11 @@ class BottleneckConfig(MethodConfig):
     method: ClassVar[str] = "adapter"
     bottleneck: int = 8
     position: Literal["mlp", "attn", "both"] = "mlp"
-    insertion: Literal["sequential", "parallel"] = "sequential"
+    insertion: Literal["sequential", "parallel", "before", "hydra"] = "sequential"
     source: Literal["sublayer", "residual"] = "sublayer"
     outside: bool = False
+    residual: bool | None = None
+    norms: bool = False
     activation: Literal["relu", "gelu", "silu", "tanh", "quick_gelu"] = "relu"
     scale: float = 1.0
     learned_scale: bool = False
@@ -69,8 +79,16 @@ class BottleneckConfig(MethodConfig):
         self.require("bottleneck", self.bottleneck >= 1, "must be at least 1")
         self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
         self.require(
-            "outside", not (self.outside and self.insertion == "parallel"), "is an option of sequential adapters"
+            "outside", not self.outside or self.insertion == "sequential", "is an option of sequential adapters"
         )
+        self.require(
+            "residual", self.residual is None or self.insertion != "hydra", "is fixed for hydra, leave it None"
+        )
+
+    @property
+    def around(self) -> bool:
+        """Whether the residual goes around the adapter, for all insertions but hydra, which has one of each."""
+        return self.insertion != "parallel" if self.residual is None else self.residual
 
 
 class BottleneckPart(Part):
@@ -133,8 +151,16 @@ class ParallelPart(BottleneckPart):
         return y + super().forward(x)
 
 
+class AddInput(Part):
+    """``y + x``: the residual around a sub-layer."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y, x``: output and input of the sub-layer."""
+        return y + x
+
+
 class Bottleneck(Method[BottleneckConfig]):
-    """Build one bottleneck per block and position."""
+    """Build one bottleneck per block and position, for hydra two."""
 
     config_class = BottleneckConfig
     examples = (
@@ -143,33 +169,56 @@ class Bottleneck(Method[BottleneckConfig]):
         "pfeiffer(bottleneck=3)",
         "parallel-adapter(bottleneck=3)",
         "adaptformer(bottleneck=3)",
+        "adapter(bottleneck=3, insertion=before, position=both, norms=True)",
+        "adapter(bottleneck=3, insertion=before, residual=False)",
+        "adapter(bottleneck=3, insertion=hydra)",
     )
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(identity_at_init=self.config.init == "lora")
+        plain = self.config.residual is None or self.config.residual == (self.config.insertion != "parallel")
+        return Capabilities(identity_at_init=self.config.init == "lora" and plain)
 
     def build(self, anatomy: Anatomy, edit: Editor) -> None:
         """Place the bottlenecks.
 
         Raises:
-            UnsupportedError: a block has no such sub-layer, or hides its residual stream.
+            UnsupportedError: a block has no such sub-layer, no norm to train, or hides its residual stream.
         """
         config = self.config
         for block in anatomy.need_blocks("adapter"):
             for branch in ("attn", "mlp") if config.position == "both" else (config.position,):
+                if config.norms:
+                    read = config.source == "sublayer" and config.insertion != "sequential"
+                    own_norm(anatomy, edit, block, branch, "adapter(norms=True)", read=read)
                 label = f"adapter_{branch}"
-                if config.insertion == "sequential":
-                    role = (
-                        {"attn": "drop1", "mlp": "drop2"}[branch]
-                        if config.outside
-                        else {"attn": "attn_out", "mlp": "mlp"}[branch]
-                    )
-                    point = anatomy.need_point(block, role, "adapter")
-                    edit.after(point, BottleneckPart(point.width, config, True, point.layout), label)
-                elif config.source == "sublayer":
-                    point = anatomy.need_point(block, branch, "adapter")
-                    edit.beside(point, ParallelPart(point.width, config, False, point.layout), label)
+                if config.insertion == "before":
+                    self._before(anatomy, edit, block, branch, label)
+                elif config.insertion == "sequential":
+                    self._after(anatomy, edit, block, branch, label, config.around)
+                elif config.insertion == "parallel":
+                    self._beside(anatomy, edit, block, branch, label, config.around)
                 else:
-                    part = BottleneckPart(block.point.width, config, residual=False)
-                    edit.branch(block, branch, part, label)
+                    self._after(anatomy, edit, block, branch, label, True)
+                    self._beside(anatomy, edit, block, branch, f"{label}_parallel", False)
+
+    def _after(self, anatomy: Anatomy, edit: Editor, block: Block, branch: str, label: str, residual: bool) -> None:
+        """``h = Delta(h) [+ h]``."""
+        roles = {"attn": "drop1", "mlp": "drop2"} if self.config.outside else {"attn": "attn_out", "mlp": "mlp"}
+        point = anatomy.need_point(block, roles[branch], "adapter")
+        edit.after(point, BottleneckPart(point.width, self.config, residual, point.layout), label)
+
+    def _beside(self, anatomy: Anatomy, edit: Editor, block: Block, branch: str, label: str, residual: bool) -> None:
+        """``h = h + Delta(x) [+ x]``."""
+        if self.config.source == "residual":
+            edit.branch(block, branch, BottleneckPart(block.point.width, self.config, residual), label)
+        else:
+            point = anatomy.need_point(block, branch, "adapter")
+            edit.beside(point, ParallelPart(point.width, self.config, residual, point.layout), label)
+
+    def _before(self, anatomy: Anatomy, edit: Editor, block: Block, branch: str, label: str) -> None:
+        """``h = S(x + Delta(x))``, or ``S(t) + t`` with ``t = Delta(x)``."""
+        point = anatomy.need_point(block, branch, "adapter")
+        edit.before(point, BottleneckPart(point.width, self.config, self.config.around, point.layout), label)
+        if not self.config.around:
+            edit.beside(point, AddInput(), f"{label}_around")

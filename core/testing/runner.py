@@ -44,7 +44,8 @@ def cases(
 ) -> list[Case]:
     """Pairs to test, those that the backbone cannot carry included.
 
-    A method's first shorthand meets every backbone; further ones meet the first example of each family.
+    A method's first shorthand meets every backbone; further ones meet the first example of each family that names no
+    kin.
 
     Args:
         names: methods, or shorthands such as ``"lora(rank=2)"``; none: every registered one.
@@ -56,6 +57,7 @@ def cases(
     every = everything() if every is None else every
     table = methods()
     asked = list(names) or list(table)
+    related = {a.family for f in plugins() if f.plugin for a in f.plugin.anatomies if a.kin}
     own_families = {a.family for f in plugins() if f.plugin and f.name == plugin for a in f.plugin.anatomies}
     found: dict[str, Case] = {}
     for position, name in [*((0, n) for n in asked), *((1, s) for s in extra)]:
@@ -71,7 +73,8 @@ def cases(
                 owner = table.get(spec.partition("(")[0])
                 if plugin and family not in own_families and not (owner and owner[1].name == plugin):
                     continue
-                if first or every or not (position or number):
+                chosen = first and (family not in related or bool(backbones))
+                if chosen or every or not (position or number):
                     found.setdefault(case.id, case)
     return list(found.values())
 

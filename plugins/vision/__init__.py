@@ -158,12 +158,14 @@ plugin = Plugin(
             ),
             f"{_TRANSFORMERS}:describe_dinov2",
             (f"{_TRANSFORMERS}:example_registers",),
+            kin="transformers-vit",
         ),
         AnatomyEntry(
             "transformers-clip",
             _transformers("clip", "CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
             f"{_TRANSFORMERS}:describe_clip",
             (f"{_TRANSFORMERS}:example_classifier", f"{_TRANSFORMERS}:example_projection"),
+            kin="transformers-vit",
         ),
     ),
     datasets=(
