@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,20 +39,40 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def count(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Operations of a forward and backward, and bytes kept for backward beside parameters (each storage once)."""
+    with CountOps() as counter, saving(model) as saved:
+        step(model, x, y)
+    return {"ops": sum(counter.ops.values()), "by_op": dict(counter.ops), **sizes(saved)}
+
+
+def kept(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """The bytes alone, from one forward without backward."""
+    with saving(model) as saved:
+        nn.functional.cross_entropy(model(x), y)
+    return sizes(saved)
+
+
+@contextmanager
+def saving(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """While it lasts, the first tensor of every storage that autograd keeps, parameters apart, by address."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-    keep: list[Tensor] = []
+    saved: dict[int, Tensor] = {}  # alive until the end: an address must not be reused
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-            keep.append(t)  # alive until the end: an address must not be reused
+        address = t.untyped_storage().data_ptr()
+        if address not in parameters:
+            saved.setdefault(address, t)
         return t
 
-    with CountOps() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step(model, x, y)
-    return {"ops": sum(counter.ops.values()), "saved": sum(saved.values()), "by_op": dict(counter.ops)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield saved
+
+
+def sizes(saved: Mapping[int, Tensor]) -> dict[str, Any]:
+    """Bytes of all kept storages, and by the shape of the tensor that was kept, most first."""
+    shapes: Counter[str] = Counter()
+    for t in saved.values():
+        shapes["x".join(map(str, t.shape))] += t.untyped_storage().nbytes()
+    return {"saved": shapes.total(), "by_shape": dict(shapes.most_common())}
 
 
 def forward_ops(model: nn.Module, x: Tensor) -> Counter[str]:
@@ -69,7 +92,12 @@ def paired(ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int, warmu
     }
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of every call in every round, each once per round, in alternating order: drift hits all alike."""
     for _ in range(warmup):
         for call in calls.values():
@@ -78,9 +106,9 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names if i % 2 else reversed(names):
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
@@ -176,11 +204,18 @@ def adapted(model: nn.Module, spec: str, x: Tensor, y: Tensor, batches: int = 2)
 
 
 def cost(
-    label: str, model: nn.Module, plain: nn.Module, others: Mapping[str, Trial], rounds: int, clip: float | None = None
+    label: str,
+    model: nn.Module,
+    plain: nn.Module,
+    others: Mapping[str, Trial],
+    rounds: int,
+    clip: float | None = None,
+    inferences: int | None = None,
 ) -> dict[str, Any]:
     """A row: training step of ``model`` against those of ``others`` (the first gets the interval), memory, inference.
 
-    Inference is that of the model against ``plain``, both in eval mode, in which they are left.
+    Inference is that of the model against ``plain``, both in eval mode, in which they are left, in half as many rounds
+    and at least three, or in ``inferences``.
     """
     x, y = next((t.x, t.y) for t in others.values())
     trial = Trial(model, x, y, clip)
@@ -203,8 +238,25 @@ def cost(
     del trial
     model.eval()
     plain.eval()
-    row["x_plain"] = paired(lambda: infer(model, x), lambda: infer(plain, x), max(3, rounds // 2), 1)["ratio"]
+    pairs = inferences or max(3, rounds // 2)
+    row["x_plain"] = paired(lambda: infer(model, x), lambda: infer(plain, x), pairs, 1)["ratio"]
     return row
+
+
+def show(title: str, cells: Sequence[Mapping[str, str]]) -> None:
+    """Rows of text as a table on the terminal, numbers to the right."""
+    drawn = Table(title=title, title_justify="left")
+    for i, column in enumerate(cells[0]):
+        drawn.add_column(column, justify="right" if i else "left")
+    for row in cells:
+        drawn.add_row(*(escape(cell) for cell in row.values()))
+    Console(width=170).print(drawn)
+
+
+def markdown(cells: Sequence[Mapping[str, str]]) -> str:
+    """The same in Markdown."""
+    lines = [list(cells[0]), ["---"] + ["---:"] * (len(cells[0]) - 1), *(list(row.values()) for row in cells)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def machine(device: str = "cpu") -> str:

@@ -33,9 +33,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from peft_suite import kernels, plugins
@@ -50,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import peers_cpu
 import plain
 import table
-from measure import Trial, adapted, cost, machine, timed_calls
+from measure import Trial, adapted, cost, machine, markdown, show, timed_calls
 
 CLASSES, CLIP, GROUP, MEMORY = 15, 10.0, 16, 11_392
 METHODS = (
@@ -132,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(f"{title}, {args.threads} thread(s)" if device == "cpu" else title, cells)
         ours, base = (1e3 * statistics.median(r[key] for r in rows) for key in ("linear_s", "plain_linear_s"))
         note = f"{title}. {rounds} rounds; linear probing {ours:.0f} ms a step, plain {base:.0f}. {table.versions()}."
-        path.with_suffix(".md").write_text(table_of(cells) + f"\n{note}\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(cells) + f"\n{note}\n", encoding="utf-8")
 
 
 def numbers(text: str) -> list[int]:
@@ -212,22 +209,6 @@ def cells_of(row: dict[str, Any], official: bool) -> dict[str, str]:
         "fps, knn, grouping, graph ms": ", ".join(f"{row[f'{label}_ms']:.1f}" for label in LABELS),
         "inference / plain": f"{row['x_plain']:.2f}",
     }
-
-
-def show(title: str, cells: Sequence[dict[str, str]]) -> None:
-    """The table on the terminal."""
-    drawn = Table(title=title, title_justify="left")
-    for i, column in enumerate(cells[0]):
-        drawn.add_column(column, justify="right" if i else "left")
-    for row in cells:
-        drawn.add_row(*(escape(cell) for cell in row.values()))
-    Console(width=170).print(drawn)
-
-
-def table_of(cells: Sequence[dict[str, str]]) -> str:
-    """The table in Markdown."""
-    lines = [list(cells[0]), ["---"] + ["---:"] * (len(cells[0]) - 1), *(list(row.values()) for row in cells)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,10 @@ interrupted goes on with ``--resume``. At the end, ridge classifiers on frozen f
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,21 +25,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_suite import kernels
-from peft_suite.errors import FileFormatError
 from peft_suite.pointcloud import micro, shapes, shifted
 from peft_suite.pointcloud.formats import Array
 from peft_suite.pointcloud.models.layers import Block, new_token
 from peft_suite.pointcloud.models.transformer import Blocks, PointTransformer, position_mlp, start_from_scratch
 from peft_suite.pointcloud.sampling import farthest, oversampled
-from peft_suite.storage import atomic, write_bytes
-from peft_suite.train.display import Display
-from peft_suite.train.stopping import StopRequest
+from peft_suite.storage import write_bytes
+from peft_suite.train import pretraining
 
 BATCH = 128
 ROUND = 50  # steps between lines, and between checkpoints
 POOL = 4096  # clouds to draw from
 RENEWED = 16  # of them in every step
-TIMED = 9  # steps that tell how many fit into the minutes
 
 
 class Masked(nn.Module):
@@ -129,98 +123,10 @@ def unit(points: Tensor) -> Tensor:
     return scaled
 
 
-def train(model: Masked, partial: Path, seed: int, steps: int, state: Mapping[str, Any] | None, lr: float) -> None:
-    """Train from ``state``, or from the beginning."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.95))
-    first = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    stream, stop, done = Stream(seed), StopRequest(), first
-    losses: list[float] = []
-    clock = time.perf_counter()
-    display = Display(enabled=True, epochs=-(-steps // ROUND), steps=ROUND, epoch=first // ROUND, metric="")
-    model.train()
-    try:
-        with stop:
-            while done < steps and not stop.wanted:
-                losses.append(train_step(model, optimizer, stream.batch(done), lr * pace(done, steps)))
-                display.step(done % ROUND + 1, 1e3 * losses[-1])
-                done += 1
-                if done % ROUND == 0 or done == steps or stop.wanted:
-                    keep(partial, model, optimizer, done, steps, seed)
-                    speed = len(losses) * BATCH / (time.perf_counter() - clock)
-                    entry = {"epoch": (done - 1) // ROUND, "train_loss": 1e3 * sum(losses) / len(losses)}
-                    display.epoch({**entry, "val": None, "test": None, "samples_per_s": speed})
-                    losses, clock = [], time.perf_counter()
-    finally:
-        display.close()
-    if done < steps:
-        raise SystemExit(f"Stopped after step {done} of {steps}. Go on with --resume.")
-
-
 def steps_in(minutes: float, model: Masked, seed: int) -> int:
-    """How many steps fit, from the time of a few on a copy, and of as many new clouds as they need."""
-    model = copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW(model.parameters())
+    """How many steps fit; see :func:`peft_suite.train.pretraining.steps_in`."""
     batch = Stream(seed, pool=BATCH).batch(0)
-    times = []
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        train_step(model, optimizer, batch, 0.0)
-        times.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    for number in range(RENEWED):
-        source(seed, number)
-    return max(1, round(60 * minutes / (statistics.median(times) + time.perf_counter() - start)))
-
-
-def read_partial(path: Path, seed: int) -> Mapping[str, Any] | None:
-    """What an interrupted run left, or None.
-
-    Raises:
-        FileFormatError: it was begun with another seed.
-    """
-    if not path.exists():
-        return None
-    state: Mapping[str, Any] = torch.load(path, weights_only=True)
-    if state["seed"] != seed:
-        raise FileFormatError(f"{path} was begun with --seed {state['seed']}. Go on with that one, or remove the file.")
-    return state
-
-
-def train_step(model: Masked, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], lr: float) -> float:
-    """One step; the loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    loss = model(*batch)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise SystemExit(f"The loss is {value}; the last checkpoint is kept.")
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return value
-
-
-def pace(step: int, steps: int) -> float:
-    """Share of the learning rate: linear warm-up over 50 steps times a cosine to 0."""
-    return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def keep(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, steps: int, seed: int) -> None:
-    """Write what ``--resume`` needs."""
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "steps": steps,
-        "seed": seed,
-    }
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
+    return pretraining.steps_in(minutes, model, batch, lambda: [source(seed, number) for number in range(RENEWED)])
 
 
 @torch.no_grad()
@@ -239,15 +145,9 @@ def probe(
 ) -> float:
     """Accuracy of a ridge classifier on features: ``make(label, number)`` gives a cloud; the first ``shots`` train."""
     numbers = [(label, i) for label in range(classes) for i in range(shots + tests)]
-    x = features(model, np.stack([thinned(make(label, i), micro.POINTS) for label, i in numbers])).double()
-    y = torch.tensor([label for label, _ in numbers])
+    x = features(model, np.stack([thinned(make(label, i), micro.POINTS) for label, i in numbers]))
     known = torch.tensor([i < shots for _, i in numbers])
-    x = (x - x[known].mean(0)) / x[known].std(0).clamp_min(1e-6)
-    x = torch.cat((x, torch.ones(len(x), 1, dtype=x.dtype)), dim=1)
-    goal = nn.functional.one_hot(y[known], classes).to(x.dtype)
-    penalty = 10.0 * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(x[known].T @ x[known] + penalty, x[known].T @ goal)
-    return float(((x[~known] @ weight).argmax(1) == y[~known]).double().mean())
+    return pretraining.ridge_accuracy(x, torch.tensor([label for label, _ in numbers]), known, classes)
 
 
 def probes(model: PointTransformer, shots: int = 20) -> dict[str, float]:
@@ -288,11 +188,20 @@ def main(arguments: list[str] | None = None) -> None:
     start_from_scratch(model)
     before = probes(backbone)
     partial = options.out.with_suffix(".partial.pt")
-    state = read_partial(partial, options.seed) if options.resume else None
+    state = pretraining.read_partial(partial, options.seed) if options.resume else None
     steps = state["steps"] if state else options.steps or steps_in(options.minutes, model, options.seed)
-    train(model, partial, options.seed, steps, state, options.lr)
-    body = {key: value for key, value in backbone.state_dict().items() if micro.is_body(key)}
-    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in body.items()}
+    pretraining.pretrain(
+        model,
+        Stream(options.seed).batch,
+        partial,
+        seed=options.seed,
+        steps=steps,
+        lr=options.lr,
+        state=state,
+        every=ROUND,
+        shown=1e3,
+    )
+    tensors = pretraining.half({k: v for k, v in backbone.state_dict().items() if micro.is_body(k)})
     backbone.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, strict=False)
     after = probes(backbone)
     metadata = {
@@ -309,8 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     write_bytes(options.out, save(tensors, metadata))
     partial.unlink(missing_ok=True)
-    for name, value in after.items():
-        print(f"probe {name.replace('_', ' '):16s} {value:6.1%}   random weights {before[name]:6.1%}")
+    print(pretraining.probe_lines(after, before))
     print(f"{options.out}: {options.out.stat().st_size:,} bytes, {steps} steps, {time.perf_counter() - begun:.0f} s")
 
 
