@@ -16,6 +16,7 @@ HOMES = {
     "kernels": "peft_suite/kernels",
     "plugins/vision": "peft_suite/vision",
     "plugins/pointcloud": "peft_suite/pointcloud",
+    "plugins/audio": "peft_suite/audio",
 }
 
 

@@ -1,0 +1,1 @@
+"""From waveform to features: filter bank, normalisation, resampling, augmentation."""
