@@ -6,7 +6,7 @@ FARM := $(VENV)/.linked
 INTERPRETED := tests/kernels/interpreter
 SOURCES := $(shell find core kernels plugins -name '*.py' -o -name '*.safetensors' -o -name '*.html' -o -name '*.yaml' | sort)
 
-.PHONY: demo demo-full test test-all interpreter lint types bench bench-kernels bench-pointcloud docs clean
+.PHONY: demo demo-full test test-all interpreter lint types bench bench-kernels bench-pointcloud bench-audio docs clean
 
 demo: $(FARM)
 	$(VENV)/bin/peft-suite demo --out runs/demo
@@ -41,6 +41,11 @@ bench-pointcloud: $(FARM)
 	$(PY) benchmarks/pointcloud/geometry.py
 	$(PY) benchmarks/pointcloud/steps.py
 	$(PY) benchmarks/pointcloud/loading.py
+
+bench-audio: $(FARM)
+	$(PY) benchmarks/audio/frontend.py
+	$(PY) benchmarks/audio/steps.py
+	$(PY) benchmarks/audio/loading.py
 
 docs: $(FARM)
 	$(VENV)/bin/mkdocs build -q
