@@ -8,7 +8,7 @@ import socket
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from peft_suite.errors import FileFormatError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["no_waiting_for_the_hub", "read_weights"]
+__all__ = ["mismatch", "no_waiting_for_the_hub", "read_weights"]
 
 
 def read_weights(path: str, wrappers: Sequence[str]) -> dict[str, Tensor]:
@@ -95,3 +95,42 @@ def no_waiting_for_the_hub() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def mismatch(
+    path: str,
+    model: str,
+    held: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    *,
+    lost: Sequence[str],
+    foreign: Sequence[str],
+    shapes: Sequence[str],
+    advice: str = "Choose the backbone (and the options) that the file was made with.",
+) -> str:
+    """Why the weights of a file do not fit a model, and what to build instead.
+
+    Args:
+        held, asked: sizes that the file's and the model's tensors tell, under the names of the backbone's options.
+        lost, foreign, shapes: keys that the file lacks, keys that the model does not know, and shapes that differ.
+        advice: what to do where all known sizes agree.
+    """
+    parts = [
+        f"{len(keys)} {what}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
+        for what, keys in (
+            ("keys missing in the file", lost),
+            ("keys unknown to the model", foreign),
+            ("other shapes", shapes),
+        )
+        if keys
+    ]
+    differ = [name for name in asked if name != "num_classes" and held.get(name, asked[name]) != asked[name]]
+    if not differ:
+        return f"checkpoint = {path!r} does not fit {model}. {'; '.join(parts)}. {advice}"
+    theirs = ", ".join(f"{name} {held[name]}" for name in differ)
+    ours = ", ".join(f"{name} {asked[name]}" for name in differ)
+    options = " ".join(f"backbone.options.{name}={held[name]}" for name in differ)
+    return (
+        f"checkpoint = {path!r} holds a network of {theirs}, and this {model} has {ours}. Build the backbone with "
+        f"{options} (and a number of heads that divides the width), or choose another. {'; '.join(parts)}."
+    )

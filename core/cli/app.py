@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -114,7 +115,13 @@ def build() -> typer.Typer:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = _tell
     build()(args=None if args is None else list(args), prog_name="peft-suite")
+
+
+def _tell(message: Warning | str, *place: Any, **further: Any) -> None:
+    """A warning as a line for people, without the place in the code."""
+    note(f"Warning: {message}")
 
 
 def _found() -> tuple[FoundPlugin, ...]:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from peft_suite.audio.positions import adapt_positions, patch_grid
 from peft_suite.errors import BackboneMismatchError, ConfigError, FileFormatError
-from peft_suite.weights import read_weights
+from peft_suite.weights import mismatch, read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["Converted", "LoadReport", "convert", "load", "measure", "read", "to_transformers"]
 
 _log = logging.getLogger(__name__)
+_CHOOSE = "Choose the backbone (and the options) that the file was made with."
+_ONE_TOKEN = "It was trained with a class token alone, and transformers' AST has a distillation token beside it."
 _WRAPPERS = ("model", "state_dict")
 FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder of transformers, in this order
 _POSITIONS = "embeddings.position_embeddings"
@@ -156,13 +158,19 @@ def load(
     foreign = [k for k in unexpected if k.partition(".")[0] in roots]
     wrong = [k for k in shapes if k not in reshaped]
     if lost or foreign or wrong:
-        raise BackboneMismatchError(_mismatch(path, type(model).__name__, converted, own, lost, foreign, wrong))
+        told = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
+        alone = "embeddings.distillation_token" in lost and "embeddings.cls_token" in state
+        advice = _ONE_TOKEN if alone else f"Its layout is that of {converted.layout}. {_CHOOSE}"
+        sizes, name = (measure(converted.state), measure(own)), type(model).__name__
+        raise BackboneMismatchError(
+            mismatch(path, name, *sizes, lost=lost, foreign=foreign, shapes=told, advice=advice)
+        )
     told = "zeros"
     if pos_embed == "zeros":
         state[_POSITIONS] = torch.zeros_like(own[_POSITIONS])
     else:
         source = grid or config.get("grid") or converted.grid
-        state[_POSITIONS], told = _fitted(state[_POSITIONS], source, encoder, path)
+        state[_POSITIONS], told = _fitted(state[_POSITIONS], source, encoder, path, converted.layout)
     fits = {names[k]: v for k, v in state.items() if k in own}
     model.load_state_dict(fits, strict=False)
     _set_eps(model, encoder, converted.layout, config.get("eps"))
@@ -311,7 +319,7 @@ def _names(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     return encoder, names
 
 
-def _fitted(table: Tensor, source: tuple[int, int] | None, encoder: Any, path: str) -> tuple[Tensor, str]:
+def _fitted(table: Tensor, source: tuple[int, int] | None, encoder: Any, path: str, layout: str) -> tuple[Tensor, str]:
     """The position table on the encoder's grid, and what was done."""
     projection, config = encoder.embeddings.patch_embeddings.projection, encoder.config
     bins, patch = int(config.num_mel_bins), projection.kernel_size
@@ -331,7 +339,10 @@ def _fitted(table: Tensor, source: tuple[int, int] | None, encoder: Any, path: s
         source = (fits[0], count // fits[0])
     if source == target and count == target[0] * target[1]:
         return table, "as they are"
-    return adapt_positions(table, source, target), f"{source[0]} x {source[1]} to {target[0]} x {target[1]}"
+    told = f"{source[0]} x {source[1]} to {target[0]} x {target[1]}"
+    if source[0] != target[0] and layout != "DeiT":  # the clip's length changes columns alone
+        told += "; other rows mean other strides or mel bins than the weights were trained with"
+    return adapt_positions(table, source, target), told
 
 
 def _set_eps(model: nn.Module, encoder: Any, layout: str, eps: float | None) -> None:
@@ -370,39 +381,3 @@ def measure(state: Mapping[str, Any]) -> dict[str, Any]:
         rows, columns = (int(n) for n in state[_PROJECTION].shape[2:])
         sizes["patch_size"] = rows if rows == columns else (rows, columns)
     return sizes
-
-
-def _mismatch(
-    path: str,
-    model: str,
-    converted: Converted,
-    own: Mapping[str, Tensor],
-    lost: list[str],
-    foreign: list[str],
-    wrong: list[str],
-) -> str:
-    state = converted.state
-    theirs, mine = measure(state), measure(own)
-    differ = [name for name in mine if name != "num_classes" and theirs.get(name, mine[name]) != mine[name]]
-    shapes = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
-    parts = [
-        f"{len(keys)} {what}: {', '.join(keys)}"
-        for what, keys in (
-            ("keys missing in the file", lost),
-            ("keys unknown to the model", foreign),
-            ("other shapes", shapes),
-        )
-        if keys
-    ]
-    if differ:
-        held = ", ".join(f"{name} {theirs[name]}" for name in differ)
-        asked = ", ".join(f"{name} {mine[name]}" for name in differ)
-        choice = ", ".join(f"{name}={theirs[name]}" for name in differ)
-        return (
-            f"checkpoint = {path!r} holds a network of {held}, and this {model} has {asked}. Build the backbone with "
-            f"{choice}, or choose another. {'; '.join(parts)}."
-        )
-    advice = "Choose the backbone (and the options) that the file was made with."
-    if "embeddings.distillation_token" in lost and "embeddings.cls_token" in state:
-        advice = "It was trained with a class token alone, and transformers' AST has a distillation token beside it."
-    return f"checkpoint = {path!r} (layout of {converted.layout}) does not fit {model}. {'; '.join(parts)}. {advice}"

@@ -294,11 +294,11 @@ class _Tally:
 
     def warn(self, goal: Preprocess) -> None:
         for names, what in (
-            (self.silent, "are silent"),
-            (self.short, "are shorter than one frame of 25 ms and were padded"),
+            (self.silent, "silent"),
+            (self.short, "shorter than one frame of 25 ms and padded"),
         ):
             if names:
-                warnings.warn(f"{len(names)} sounds {what}, first {names[0]!r}.", stacklevel=4)
+                warnings.warn(f"Sounds that are {what}: {len(names)}, first {names[0]!r}.", stacklevel=4)
 
 
 def _checked(

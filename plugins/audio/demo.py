@@ -21,7 +21,9 @@ _COMMON: Mapping[str, Any] = MappingProxyType(
 _LR: Mapping[str, float] = MappingProxyType(
     # by validation sounds of other seeds: benchmarks/audio/choose_demo.py
     {
-        **dict.fromkeys(("linear", "lora", "pfeiffer", "conformer", "soft-moa", "prompts"), 0.01),
+        **dict.fromkeys(("lora", "pfeiffer", "conformer", "prompts"), 0.01),
+        "linear": 0.03,
+        "soft-moa": 0.03,
         "full": 0.001,
     }
 )

@@ -78,7 +78,8 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready form that :meth:`from_dict` reads."""
-        return dict(vars(self))
+        size = [self.frames, self.mel_bins] if self.input == "fbank" else [self.samples]
+        return {**vars(self), "input_size": size}
 
     @property
     def seconds(self) -> float:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_suite.anatomy import anatomy_of
 from peft_suite.errors import BackboneMismatchError
-from peft_suite.weights import read_weights
+from peft_suite.weights import mismatch, read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -104,7 +104,11 @@ def load(model: nn.Module, path: str) -> LoadReport:
     foreign = [k for k in unexpected if not _LEFT.search(k) and k.partition(".")[0] in _roots(own)]
     wrong = [k for k in shapes if k not in reshaped]
     if lost or foreign or wrong:
-        raise BackboneMismatchError(_mismatch(path, type(model).__name__, state, own, lost, foreign, wrong))
+        told = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
+        sizes = measure(state), measure(own)
+        raise BackboneMismatchError(
+            mismatch(path, type(model).__name__, *sizes, lost=lost, foreign=foreign, shapes=told)
+        )
     usable = {k: v for k, v in state.items() if k in own and k not in reshaped}
     if not usable:
         raise BackboneMismatchError(f"checkpoint = {path!r} shares no key with {type(model).__name__}.")
@@ -188,40 +192,3 @@ def _same_layers(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool
 
 def _roots(keys: Iterable[str]) -> set[str]:
     return {key.partition(".")[0] for key in keys}
-
-
-def _mismatch(
-    path: str,
-    model: str,
-    state: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    lost: list[str],
-    foreign: list[str],
-    wrong: list[str],
-) -> str:
-    theirs, mine = measure(state), measure(own)
-    differ = [name for name in mine if name != "num_classes" and theirs.get(name, mine[name]) != mine[name]]
-    shapes = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
-    parts = [
-        f"{len(keys)} {what}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
-        for what, keys in (
-            ("keys missing in the file", lost),
-            ("keys unknown to the model", foreign),
-            ("other shapes", shapes),
-        )
-        if keys
-    ]
-    if differ:
-        held = ", ".join(f"{name} {theirs[name]}" for name in differ)
-        asked = ", ".join(f"{name} {mine[name]}" for name in differ)
-        head = (
-            f"checkpoint = {path!r} holds a network of {held}, and this {model} has {asked}. Build the backbone with "
-        )
-        options = " ".join(f"backbone.options.{n}={theirs[n]}" for n in differ)
-        return (
-            head + f"{options} (and a number of heads that divides the width), or choose another. {'; '.join(parts)}."
-        )
-    return (
-        f"checkpoint = {path!r} does not fit {model}. {'; '.join(parts)}. Choose the backbone (and the options) that "
-        "the file was made with."
-    )

@@ -152,7 +152,7 @@ def test_silent_short_and_long_sounds_are_counted(tmp_path: Path) -> None:
     made.put(tmp_path / "a" / "short.wav", made.tone()[:50])
     made.put(tmp_path / "b" / "long.wav", made.tone(1, seconds=2.0))
     with (
-        pytest.warns(UserWarning, match=r"1 sounds are silent, first 'a/silent\.wav'"),
+        pytest.warns(UserWarning, match=r"Sounds that are silent: 1, first 'a/silent\.wav'"),
         pytest.warns(UserWarning, match="padded"),
     ):
         splits = load(tmp_path, val_fraction=0.0)
