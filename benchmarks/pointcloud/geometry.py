@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import peers_cpu
 import plain
 import table
-from measure import machine, synchronise
+from measure import machine, markdown, synchronise
 from points import Variant, compete, exact_fps, exact_knn, neighbours, peers
-from steps import GROUP, clouds, numbers, table_of
+from steps import GROUP, clouds, numbers
 
 SIZE, LOCAL, WIDTH = 32, 32, 384  # points of a group, centres of a run, width of a token
 STORED, RESAMPLED = 8192, 1200
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = " and ".join(machine(device) for device in devices)
     note = f"{names}, {args.threads} thread(s), medians of {rounds} rounds. {table.versions()}."
     cells = [{key: str(row[key]) for key in keys} for row in rows]
-    path.with_suffix(".md").write_text(table_of(cells) + f"\n{note}\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(cells) + f"\n{note}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

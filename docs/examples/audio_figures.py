@@ -81,6 +81,7 @@ def long_recording(walk: Path) -> Any:
     ]
     words = sorted({word for *_, word in spoken})
     colors = dict(zip(words, ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=False))
+    others = {name: "0.6" for _, _, name, _ in heard if name not in colors}
     figure, (top, below) = plt.subplots(
         2, 1, figsize=(10, 3.6), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
@@ -91,16 +92,16 @@ def long_recording(walk: Path) -> Any:
             top.axvspan(start, end, 0.9, 1.0, color=colors[word])
             top.text((start + end) / 2, 56, word, ha="center", va="top", fontsize=8, color="white")
     top.set_ylabel("mel bin", fontsize=8)
-    for word in words:
+    for word, color in {**colors, **others}.items():
         mine = [((s + e) / 2, p) for s, e, name, p in heard if name == word and (s + e) / 2 < SHOWN]
-        below.scatter(*zip(*mine, strict=True), s=14, color=colors[word], label=word) if mine else None
+        below.scatter(*zip(*mine, strict=True), s=14, color=color, label=word) if mine else None
     for start, end, word in spoken:
         below.axvspan(start, min(end, SHOWN), color=colors[word], alpha=0.25, linewidth=0)
     below.set_xlim(0, SHOWN)
     below.set_ylim(0, 1.05)
     below.set_xlabel("seconds; a dot is the middle of a window, shaded is what is spoken", fontsize=8)
     below.set_ylabel("probability", fontsize=8)
-    below.legend(fontsize=7, ncols=len(words), loc="lower right")
+    below.legend(fontsize=7, ncols=len(words) + len(others), loc="lower right")
     for axis in (top, below):
         axis.tick_params(labelsize=7)
     return figure
