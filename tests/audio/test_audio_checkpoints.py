@@ -202,7 +202,7 @@ def test_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"hidden_size": 36}, "hidden_size 24.*hidden_size 36.*Build the backbone with backbone.options.hidden_size=24"),
+        ({"hidden_size": 36}, "hidden_size 24.*hidden_size 36.*with backbone.options.hidden_size=24"),
         ({"num_hidden_layers": 3}, "num_hidden_layers 2.*has num_hidden_layers 3"),
         ({"num_hidden_layers": 1}, "keys unknown to the model.*layers.1"),
         ({"intermediate_size": 96}, "intermediate_size 48"),
