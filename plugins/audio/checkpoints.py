@@ -158,12 +158,12 @@ def load(
     foreign = [k for k in unexpected if k.partition(".")[0] in roots]
     wrong = [k for k in shapes if k not in reshaped]
     if lost or foreign or wrong:
-        told = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
+        other = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
         alone = "embeddings.distillation_token" in lost and "embeddings.cls_token" in state
         advice = _ONE_TOKEN if alone else f"Its layout is that of {converted.layout}. {_CHOOSE}"
         sizes, name = (measure(converted.state), measure(own)), type(model).__name__
         raise BackboneMismatchError(
-            mismatch(path, name, *sizes, lost=lost, foreign=foreign, shapes=told, advice=advice)
+            mismatch(path, name, *sizes, lost=lost, foreign=foreign, shapes=other, advice=advice)
         )
     told = "zeros"
     if pos_embed == "zeros":
