@@ -171,7 +171,7 @@ class Bottleneck(Method[BottleneckConfig]):
         "adaptformer(bottleneck=3)",
         "adapter(bottleneck=3, insertion=before, position=both, norms=True)",
         "adapter(bottleneck=3, insertion=before, residual=False)",
-        "adapter(bottleneck=3, insertion=hydra)",
+        "adapter(bottleneck=3, insertion=hydra, activation=gelu)",
     )
 
     @property

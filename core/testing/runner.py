@@ -44,8 +44,8 @@ def cases(
 ) -> list[Case]:
     """Pairs to test, those that the backbone cannot carry included.
 
-    A method's first shorthand meets every backbone; further ones meet the first example of each family that names no
-    kin.
+    A method's first shorthand meets every backbone, of a family that names kin its first example; further ones meet
+    the first example of the other families.
 
     Args:
         names: methods, or shorthands such as ``"lora(rank=2)"``; none: every registered one.
@@ -73,8 +73,9 @@ def cases(
                 owner = table.get(spec.partition("(")[0])
                 if plugin and family not in own_families and not (owner and owner[1].name == plugin):
                     continue
-                chosen = first and (family not in related or bool(backbones))
-                if chosen or every or not (position or number):
+                own = bool(backbones) or family not in related
+                chosen = own or first if number == position == 0 else own and first
+                if chosen or every:
                     found.setdefault(case.id, case)
     return list(found.values())
 

@@ -69,8 +69,8 @@ def test_data_of_the_guide(tmp_path: Path) -> None:
             name = f"{digit}_theo_{index}.wav"
             made.put(tmp_path / "fsdd" / "recordings" / name, made.tone(digit, index, rate=8000), 8000)
     printed = _run("audio_data.py", "fsdd", "--out", ".", "--broken", folder=tmp_path)
-    assert "8 files of 4 words" in printed and "60 s with 4 words" in printed
-    train, test = (sorted(p.name for p in (tmp_path / "words" / s).rglob("[0-9]*.wav")) for s in ("train", "test"))
+    assert "308 seconds with one of 4 words or a pause" in printed and "60 s with 4 words" in printed
+    train, test = (sorted(p.name for p in (tmp_path / "words" / s).rglob("*_*.wav")) for s in ("train", "test"))
     assert train == [f"{d}_theo_7.wav" for d in range(4)] and test == [f"{d}_theo_0.wav" for d in range(4)]
     assert (tmp_path / "words" / "train" / "zero" / "empty.wav").stat().st_size == 0
     assert len((tmp_path / "long.csv").read_text().splitlines()) == 5

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from peft_suite import Anatomy, Capabilities, Editor, Method, MethodConfig, MethodEntry, Plugin, Weight
 from peft_suite.edits import functional_of
@@ -34,7 +35,13 @@ class Largest(Method[LargestConfig]):
         for path, module in edit.model.named_modules():
             own = {n for n, _ in module.named_parameters(prefix=path, recurse=False)}
             known = functional_of(module, anatomy.functionals) is not None
-            if own and known and not path.startswith("adapters") and not own & set(anatomy.fresh):
+            if (
+                own
+                and known
+                and not is_parametrized(module)
+                and not path.startswith("adapters")
+                and not own & set(anatomy.fresh)
+            ):
                 bias = getattr(module, "bias", None)
                 chosen = None if bias is None else self._largest(bias)
                 edit.select(Weight(path), "select", self._largest(module.weight), chosen)

@@ -113,7 +113,7 @@ def test_a_model_that_nobody_describes() -> None:
 
     model = Stranger()
     for act in (lambda: ps.adapt(model, "lora"), lambda: ps.plan(model, "lora")):
-        with refused(model, BackboneError, "Stranger", "timm-vit", "anatomy="):
+        with refused(model, BackboneError, "Stranger", "transformers-vit", "anatomy="):
             act()
 
 

@@ -102,7 +102,8 @@ class AudioPrompts(Method[AudioPromptsConfig]):
         """
         config, pools = self.config, edit.having("pool")
         blocks = anatomy.need_blocks("audio-prompts")
-        if anatomy.embed is None or anatomy.prefix_tokens < 2 or len(pools) != 1 or anatomy.no_prompts:
+        fixed = bool(edit.having("geometry"))  # positions of as many tokens enter every block
+        if anatomy.embed is None or anatomy.prefix_tokens < 2 or len(pools) != 1 or anatomy.no_prompts or fixed:
             raise UnsupportedError(
                 f"audio-prompts puts prompts in the place of a distillation token and chooses what the head reads, "
                 f"which {anatomy.family} does not allow. Use vpt."
