@@ -25,7 +25,7 @@ from peft_suite.plugins import resolve
 __all__ = ["Case", "LeftOut"]
 
 TOLERANCE = 1e-5  # of the output's norm, in float32
-LAST_BIT = 1e-7  # of a tensor's norm; float32 has 1.2e-7 between neighbours
+LAST_BIT = 5e-7  # of a tensor's norm; float32 has 1.2e-7 between neighbours
 
 
 class LeftOut(Exception):  # noqa: N818 - a verdict, not an error
