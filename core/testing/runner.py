@@ -85,7 +85,7 @@ def pairs(chosen: Sequence[Case], every: bool, cheap: bool = False) -> Iterator[
 
     A pair gets every check that is not expensive if it is the first with some part, or the first with some kind of
     edit in its family or its kin, or ``cheap``; the others get the essential ones. Expensive checks go to the first
-    pair with some part and to the first pair of every family.
+    pair with some part and to the first pair of every family, counted with its kin.
     """
     covered: set[object] = set()
     kin = {a.family: a.kin for f in plugins() if f.plugin for a in f.plugin.anatomies}
@@ -95,10 +95,11 @@ def pairs(chosen: Sequence[Case], every: bool, cheap: bool = False) -> Iterator[
         except (UnsupportedError, MissingExtraError) as error:
             yield case, None, f"cannot carry: {error}"
             continue
-        parts, edits = set(kinds), {(kin.get(case.family) or case.family, kind) for kind, _ in kinds}
-        costly = every or case.family not in covered or not parts <= covered
+        family = kin.get(case.family) or case.family
+        parts, edits = set(kinds), {(family, kind) for kind, _ in kinds}
+        costly = every or family not in covered or not parts <= covered
         whole = costly or cheap or not edits <= covered
-        covered |= {case.family, *parts, *edits}
+        covered |= {family, *parts, *edits}
         for item in all_checks():
             if costly if item.expensive else whole or item.essential:
                 yield case, item, ""
