@@ -25,7 +25,6 @@ from peft_suite.plugins import resolve
 __all__ = ["Case", "LeftOut"]
 
 TOLERANCE = 1e-5  # of the output's norm, in float32
-LAST_BIT = 5e-7  # of a tensor's norm; float32 has 1.2e-7 between neighbours
 
 
 class LeftOut(Exception):  # noqa: N818 - a verdict, not an error
@@ -258,13 +257,9 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], what: str, tolerance
 
 
 def assert_equal(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
-    """Fail with ``what`` unless all values agree bit for bit.
-
-    A last bit here and there is let pass: products and convolutions of a CPU round by where their operands lie.
-    """
+    """Fail with ``what`` unless all values agree bit for bit."""
     same = len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    gap = 0.0 if same else error(found, wanted)
-    assert gap <= LAST_BIT, f"{what}: not bit for bit equal, relative error {gap:.2e}"
+    assert same, f"{what}: not bit for bit equal, relative error {error(found, wanted):.2e}"
 
 
 def assert_differs(found: list[Tensor], wanted: list[Tensor], what: str, at_least: float = 1e-4) -> None:

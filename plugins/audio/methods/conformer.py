@@ -87,7 +87,8 @@ class ConformerPart(Part):
         h = F.glu(self.down(x if self.pre_norm is None else self.pre_norm(x)), dim=-1)  # [B, N, r]
         h = self.conv(F.pad(h.transpose(1, 2), self.padding))  # [B, r, N]
         h = F.silu(self.batch_norm(h))
-        out: Tensor = self.up(h.transpose(1, 2))
+        # torch multiplies strided tokens in an order that depends on requires_grad: a loaded adapter would differ
+        out: Tensor = self.up(h.transpose(1, 2).contiguous())
         return out
 
     def forward(self, x: Tensor) -> Tensor:
