@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft_suite.merging import merge
     from peft_suite.method import Capabilities, Editor, Method
     from peft_suite.plugins import AnatomyEntry, DatasetEntry, MethodEntry, Plugin, TaskEntry, VerbEntry, register
+    from peft_suite.strength import scale
     from peft_suite.tables import Plan, Summary
     from peft_suite.verification import verify
 
@@ -62,6 +63,7 @@ _HOME = {
     "register": "plugins",
     "remove": "lifecycle",
     "save": "files",
+    "scale": "strength",
     "summary": "lifecycle",
     "trainable": "lifecycle",
     "verify": "verification",
@@ -100,6 +102,7 @@ __all__ = [
     "register",
     "remove",
     "save",
+    "scale",
     "summary",
     "trainable",
     "verify",

@@ -89,6 +89,10 @@ class Adapter(nn.Module):
         """See :meth:`peft_suite.Method.calibrate`."""
         return self.method.calibrate(self, batches, loss)
 
+    def begin(self, steps: int) -> None:
+        """See :meth:`peft_suite.Method.begin`."""
+        self.method.begin(self, steps)
+
     def penalty(self) -> Tensor | None:
         """See :meth:`peft_suite.Method.penalty`."""
         return self.method.penalty(self)

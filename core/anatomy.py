@@ -56,7 +56,8 @@ class Block:
         point: the block itself; its input and output are the residual stream.
         points: role -> point. Roles: ``norm1 attn attn_out drop1 norm2 mlp drop2`` where ``attn`` and ``mlp`` are the
             whole sub-layers, ``attn_out`` the output projection, ``drop1/drop2`` the last module of a residual branch.
-        weights: logical matrices ``q k v o fc1 fc2``.
+            Blocks of one backbone may differ, and descriptions may name further roles.
+        weights: logical matrices ``q k v o fc1 fc2``, and further roles of the description.
         affine: every affine operation in the order of data flow.
         branches: names among ``attn mlp`` whose un-normalised input and residual sum a part can reach (``beside`` with
             ``source="residual"``); needs the block's forward in ``Anatomy.block_forwards``.
@@ -102,6 +103,7 @@ class Anatomy:
         read_directly: modules whose parameters the model reads without calling them: no edit would ever fire there, so
             methods are refused, and copies of their parameters stand in for them by name.
         idle: full names of parameters that do not reach the output; no method trains them.
+        tied: full name of a parameter -> another name of the same one, under the module that the model calls.
         no_prompts: why extra tokens cannot be carried; empty when they can.
         causal: a token sees itself and earlier ones only, so that what comes last is seen by nothing.
         queries: blocks treat the prefix tokens by their place, so nothing may stand before them.
@@ -131,6 +133,7 @@ class Anatomy:
     head: Point | None = None
     read_directly: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
     no_prompts: str = ""
     causal: bool = False
     queries: bool = False
@@ -142,6 +145,25 @@ class Anatomy:
         if not self.blocks:
             raise UnsupportedError(f"{method} works on residual blocks, and {self.family} describes none.")
         return self.blocks
+
+    def with_point(self, role: str, method: str) -> tuple[Block, ...]:
+        """The blocks that have a point of ``role``, or UnsupportedError in one sentence where none has."""
+        blocks = self.need_blocks(method)
+        found = tuple(block for block in blocks if role in block.points)
+        if not found:
+            self.need_point(blocks[0], role, method)
+        return found
+
+    def with_weight(self, role: str, method: str) -> tuple[Block, ...]:
+        """The blocks that have a matrix of ``role``, or UnsupportedError in one sentence where none has."""
+        blocks = self.need_blocks(method)
+        found = tuple(block for block in blocks if role in block.weights)
+        if not found:
+            roles = dict.fromkeys(known for block in blocks for known in block.weights)
+            raise UnsupportedError(
+                f"{method} targets {role!r}, and no block of {self.family} has such a matrix ({closest(role, roles)})"
+            )
+        return found
 
     def need_point(self, block: Block, role: str, method: str) -> Point:
         """The point of ``role``, or UnsupportedError in one sentence."""

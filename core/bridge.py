@@ -81,6 +81,8 @@ def export_peft(
     errors: dict[str, float] = {}
     for edit in adapter.edits:
         module, part = modules[edit.path], edit.part
+        if part.neutral:
+            continue
         if isinstance(part, Trained):
             _save_module(edit, module, tensors)
             saved.append(edit.path)

@@ -17,6 +17,7 @@ __all__ = [
     "affine",
     "checkpoints_reentrantly",
     "classifier",
+    "found",
     "matrices",
     "norms",
     "passes",
@@ -52,16 +53,23 @@ def site(model: nn.Module, path: str) -> Point:
     return Point(path, width, "first" if first else "last")
 
 
+def found(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at ``path``; None where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def sites(model: nn.Module, paths: Iterable[str]) -> tuple[Point, ...]:
     """Those of ``paths`` that exist and have a weight."""
-    modules = dict(model.named_modules())
-    return tuple(site(model, path) for path in paths if affine(modules.get(path)))
+    return tuple(site(model, path) for path in paths if affine(found(model, path)))
 
 
 def norms(model: nn.Module) -> tuple[str, ...]:
     """All normalisation layers with a weight."""
-    found = ((n, m) for n, m in model.named_modules() if not n.startswith("adapters."))
-    return tuple(n for n, m in found if "Norm" in type(m).__name__ and affine(m))
+    own = ((n, m) for n, m in model.named_modules() if not n.startswith("adapters."))
+    return tuple(n for n, m in own if "Norm" in type(m).__name__ and affine(m))
 
 
 def under(model: nn.Module, *prefixes: str) -> tuple[str, ...]:

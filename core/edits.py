@@ -47,14 +47,19 @@ class Part(nn.Module):
     Attributes:
         foldable: ``fold`` is exact.
         decay: False keeps all its parameters out of weight decay.
+        scalable: what the part adds is multiplied by ``strength``; see :func:`peft_suite.scale`.
         replaces: number of base parameter values that the part stands in for (they are not counted twice).
+        neutral: it changes no value, only what is kept for backward; plans, summaries and exchange leave it out.
         needs_context: inside a described forward, ``forward`` takes one more argument: what the block is given beside
             its stream, for example the geometry of a point cloud.
     """
 
     foldable: bool = False
     decay: bool = True
+    scalable: bool = False
+    strength: float = 1.0
     replaces: int = 0
+    neutral: bool = False
     needs_context: bool = False
     compute: torch.dtype = torch.float32
 
@@ -73,8 +78,8 @@ class Part(nn.Module):
         """The state dict that :meth:`stored` made ``tensors`` from, or one that computes exactly the same."""
         return tensors
 
-    def direct(self, weight: Tensor | None) -> bool:
-        """Whether ``part(weight, bias, x)`` computes the module's output itself, without a changed weight."""
+    def direct(self, weight: Tensor | None, bias: Tensor | None = None, x: Tensor | None = None) -> bool:
+        """Whether ``part(weight, bias, x)`` computes the module's output for ``x`` itself."""
         return False
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Part:
@@ -223,7 +228,7 @@ class Reweigh:
         module: Any = self.module
         weight, bias = module.weight, getattr(module, "bias", None)
         for part in self.active:
-            if part is self.active[-1] and part.direct(weight):
+            if part is self.active[-1] and part.direct(weight, bias, x):
                 return cast(Tensor, part(weight, bias, x))
             weight, bias = part(weight, bias)
         if weight is not None and bias is not None:
@@ -232,7 +237,9 @@ class Reweigh:
             return self.statistics.normalise(self.module, x, weight, bias)
         more: tuple[Any, ...] = args if getattr(module, "further_inputs", False) else ()
         function: Callable[..., Tensor] = self.function
-        plain = weight is None or weight.dtype == x.dtype or not x.is_floating_point()
+        if weight is not None and not x.is_floating_point():  # rows of a table: in the dtype of the frozen one
+            return function(self.module, x, weight, bias, *more).to(module.weight.dtype)
+        plain = weight is None or weight.dtype == x.dtype
         if plain or torch.is_autocast_enabled(x.device.type):
             return function(self.module, x, weight, bias, *more)
         more = tuple(m.to(weight.dtype) if isinstance(m, Tensor) and m.is_floating_point() else m for m in more)

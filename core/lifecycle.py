@@ -9,6 +9,7 @@ verb                    becomes active              ``requires_grad``      froze
 ``activate(*names)``    exactly these, in order     unchanged              unchanged
 ``trainable(*names)``   unchanged                   exactly these          unchanged
 ``disabled()``          none, then as before        unchanged              unchanged
+``scale(name, value)``  unchanged                   unchanged              unchanged
 ``remove(*names)``      the rest                    base flags restored    bit for bit as before
                                                     with the last one
 ``merge()``             none left                   base flags restored    changed in place
@@ -48,6 +49,7 @@ def plan(model: nn.Module, method: MethodSpec, *, anatomy: Anatomy | None = None
     rows = tuple(
         PlanRow(e.path, e.kind, _shape(e.part), sum(p.numel() for p in e.part.parameters()), folds(model, e))
         for e in adapter.edits
+        if not e.part.neutral
     )
     base = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("adapters."))
     replaced = sum(e.part.replaces for e in adapter.edits)
@@ -165,7 +167,8 @@ def rebuild(model: nn.Module, name: str, method: Method[Any], tensors: Mapping[s
     else:
         new.adopt(tensors)
         new.load_state_dict({n: t.to(device, copy=True) for n, t in tensors.items()}, assign=True)
-    new.requires_grad_(any(p.requires_grad for p in old.parameters()))
+    before = [p.requires_grad for p in old.parameters()]
+    new.requires_grad_(any(before) or not before)  # without a head there is nothing to train before calibration
     new.train(old.training)
     adapters.replace(model, new)
     return new
@@ -184,6 +187,8 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for name, adapter in adapters.items():
         for key, part in adapter.parts():
+            if part.neutral:
+                continue
             count = sum(p.numel() for p in part.parameters())
             moving = sum(p.numel() for p in part.parameters() if p.requires_grad)
             rows.append(SummaryRow(name, adapter.method.name, key, count, moving, name in adapters.active))
@@ -270,6 +275,11 @@ class Events:
                 learned = adapter.calibrate(batches, loss)
                 if learned is not None:
                     rebuild(self.model, adapter.name, learned)
+
+    def begin(self, steps: int) -> None:
+        """Before the first step, with the number of optimizer steps of the run, for methods that count in shares."""
+        for adapter in self.adapters:
+            adapter.begin(steps)
 
     def penalty(self) -> Tensor | None:
         """Sum of the adapters' loss terms; None when there is none."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Capabilities", "Editor", "Method", "MethodSpec", "config_class", "make_method"]
 
 C = TypeVar("C", bound=MethodConfig)
+S = TypeVar("S", bound=Select)
 MethodSpec = str | MethodConfig | Mapping[str, Any]
 
 
@@ -97,6 +98,9 @@ class Method(Generic[C]):
             is built again with it, and files bring it along. Call it through ``events(model).calibrate``.
         """
         return None
+
+    def begin(self, adapter: Adapter, steps: int) -> None:
+        """Called once before the first step of a run, or of its continuation, with the optimizer steps of the whole."""
 
     def penalty(self, adapter: Adapter) -> Tensor | None:
         """A term added to the loss."""
@@ -211,10 +215,18 @@ class Editor:
             )
         self._record(Edit("reweigh", weight.path, _key(weight.path, label), part))
 
-    def select(self, weight: Weight, label: str, index: Tensor | None, bias_index: Tensor | None = None) -> Select:
+    def select(
+        self,
+        weight: Weight,
+        label: str,
+        index: Tensor | None,
+        bias_index: Tensor | None = None,
+        part: type[S] = Select,  # type: ignore[assignment]  # the default of a type variable
+    ) -> S:
         """Train chosen entries of a module's weight (and bias): flat sorted positions; None leaves a tensor alone.
 
         A method that chooses later, in ``calibrate``, gives an empty index here and calls :meth:`Select.choose`.
+        ``part``: the class of the part, for methods that keep more about the entries.
 
         Raises:
             UnsupportedError: the module's forward is not known, or it has no such tensor.
@@ -236,16 +248,17 @@ class Editor:
                 "the weights' rounding step are lost. Keep these layers in float32, or watch kernels.rounded_away.",
                 stacklevel=3,
             )
-        part = Select(module, chosen, self.device)
-        self._record(Edit("select", weight.path, _key(weight.path, label), part))
-        return part
+        made = part(module, chosen, self.device)
+        self._record(Edit("select", weight.path, _key(weight.path, label), made))
+        return made
 
     def own(self, parameters: Iterable[str]) -> None:
         """Train copies of base parameters, by full names; they start at the base values and travel in the file.
 
         Parameters that the anatomy calls idle are left out: nothing would ever reach them.
         """
-        for full in parameters:
+        for given in parameters:
+            full = self.anatomy.tied.get(given, given)
             if full in self.anatomy.idle or full in self._left:
                 continue
             path, _, name = full.rpartition(".")

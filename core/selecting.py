@@ -29,6 +29,7 @@ class Select(Part):
     """
 
     foldable = True
+    scalable = True
 
     def __init__(self, module: nn.Module, positions: Mapping[str, Tensor], device: torch.device | None = None) -> None:
         super().__init__()
@@ -78,9 +79,14 @@ class Select(Part):
         return kept
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the number of entries that a file has; how many and which were chosen is part of what was learned."""
-        for name, size in self.sizes.items():
+        """Take the number of entries that a file has; how many and which were chosen is part of what was learned.
+
+        Of two tensors the one that the file does not mention had no entry chosen.
+        """
+        for name, size in tuple(self.sizes.items()):
             index, values = tensors.get(f"{name}_index"), tensors.get(f"{name}_values")
+            if index is None and values is None and tensors:
+                del self.sizes[name], self._buffers[f"{name}_index"], self._parameters[f"{name}_values"]
             if index is None or values is None or index.shape != values.shape:
                 continue
             try:
@@ -103,10 +109,9 @@ class Select(Part):
         if x is None:
             return self._changed("weight", weight), bias
         assert self.layer is not None and weight is not None
-        values, index = self._parameters["weight_values"], self._buffers["weight_index"]
+        values, index = self.change("weight", weight), self.positions()
         if bias is not None and not torch.is_autocast_enabled(x.device.type):
             bias = bias.to(x.dtype)
-        assert values is not None and index is not None
         if self.layer is sparse_delta_linear and torch.is_grad_enabled() and values.requires_grad:
             columns, narrow = self._narrowed(index, weight.shape[1])
             if columns is not None and narrow is not None:
@@ -127,15 +132,20 @@ class Select(Part):
         self.columns = (index, index._version, columns if pays else None, narrow)
         return self.columns[2:]
 
-    def _changed(self, name: str, base: Tensor | None) -> Tensor | None:
-        values = self._parameters.get(f"{name}_values")
-        if base is None or values is None:
-            return base
-        return sparse_delta(base, values, self.positions(name))
+    def change(self, name: str, base: Tensor) -> Tensor:
+        """What is added to ``base`` at the chosen positions (E,)."""
+        values = cast(Tensor, self._parameters[f"{name}_values"])
+        return values if self.strength == 1.0 else values * self.strength
 
-    def direct(self, weight: Tensor | None) -> bool:
+    def _changed(self, name: str, base: Tensor | None) -> Tensor | None:
+        if base is None or name not in self.sizes or self.strength == 0.0:
+            return base
+        return sparse_delta(base, self.change(name, base), self.positions(name))
+
+    def direct(self, weight: Tensor | None, bias: Tensor | None = None, x: Tensor | None = None) -> bool:
         """Whether the layer's output can be computed without a dense changed weight: W frozen, the kernel known."""
-        return self.layer is not None and "weight" in self.sizes and weight is not None and not weight.requires_grad
+        known = self.layer is not None and "weight" in self.sizes and self.strength != 0.0
+        return known and weight is not None and not weight.requires_grad
 
     def fold(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Add the changes."""
@@ -149,7 +159,7 @@ class _ValueGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, values: Tensor, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
-        return y.view_as(y)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]  # as y, and no view of it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

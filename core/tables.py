@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Plan", "PlanRow", "Summary", "SummaryRow"]
+__all__ = ["Plan", "PlanRow", "Summary", "SummaryRow", "lower_is_better"]
+
+_LOWER = frozenset({"loss", "error", "distance", "fid", "kid", "fd", "mse"})
+
+
+def lower_is_better(metric: str) -> bool:
+    """Is a smaller value of this metric the better one? True where a word of the name is a loss, error or distance."""
+    return not _LOWER.isdisjoint(metric.lower().replace("-", "_").split("_"))
 
 
 @dataclass(frozen=True)

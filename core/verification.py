@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from peft_suite.errors import VerificationError
 __all__ = ["verify"]
 
 
-def verify(model: nn.Module, batch: Any) -> dict[str, int]:
+def verify(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> dict[str, int]:
     """One forward and backward: every active edit must fire and every trainable parameter must get a gradient.
 
     Args:
         batch: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
+        call: ``call(model, batch)``, for models that are called in another way.
 
     Returns:
         Counts ``{"parts": fired, "parameters": with gradient}``.
@@ -42,7 +43,7 @@ def verify(model: nn.Module, batch: Any) -> dict[str, int]:
         with torch.random.fork_rng(devices), torch.enable_grad():
             for parameter in model.parameters():
                 parameter.grad = None
-            loss = _scalar(_call(model, batch))
+            loss = _scalar((call or _call)(model, batch))
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
         lost = [n for n, p in watched.items() if p.grad is None]

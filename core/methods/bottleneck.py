@@ -31,6 +31,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
+_AFTER = {False: {"attn": "attn_out", "mlp": "mlp"}, True: {"attn": "drop1", "mlp": "drop2"}}  # by ``outside``
+
 
 @dataclass(frozen=True)
 class BottleneckConfig(MethodConfig):
@@ -183,11 +185,15 @@ class Bottleneck(Method[BottleneckConfig]):
         """Place the bottlenecks.
 
         Raises:
-            UnsupportedError: a block has no such sub-layer, no norm to train, or hides its residual stream.
+            UnsupportedError: no block has such a sub-layer, one has no norm to train, or hides its residual stream.
         """
-        config = self.config
-        for block in anatomy.need_blocks("adapter"):
-            for branch in ("attn", "mlp") if config.position == "both" else (config.position,):
+        config, blocks = self.config, anatomy.need_blocks("adapter")
+        branches = ("attn", "mlp") if config.position == "both" else (config.position,)
+        able = {branch: [self._fits(block, branch) for block in blocks] for branch in branches}
+        for i, block in enumerate(blocks):
+            for branch in branches:
+                if any(able[branch]) and not able[branch][i]:  # blocks of another kind, without this branch
+                    continue
                 if config.norms:
                     read = config.source == "sublayer" and config.insertion != "sequential"
                     own_norm(anatomy, edit, block, branch, "adapter(norms=True)", read=read)
@@ -202,10 +208,19 @@ class Bottleneck(Method[BottleneckConfig]):
                     self._after(anatomy, edit, block, branch, label, True)
                     self._beside(anatomy, edit, block, branch, f"{label}_parallel", False)
 
+    def _fits(self, block: Block, branch: str) -> bool:
+        """Whether a block has the places that the insertion needs."""
+        config = self.config
+        after, beside = (config.insertion in (kind, "hydra") for kind in ("sequential", "parallel"))
+        residual = beside and config.source == "residual"
+        roles = {_AFTER[config.outside][branch]} if after else set()
+        if config.insertion == "before" or (beside and not residual):
+            roles.add(branch)
+        return roles <= set(block.points) and (branch in block.branches or not residual)
+
     def _after(self, anatomy: Anatomy, edit: Editor, block: Block, branch: str, label: str, residual: bool) -> None:
         """``h = Delta(h) [+ h]``."""
-        roles = {"attn": "drop1", "mlp": "drop2"} if self.config.outside else {"attn": "attn_out", "mlp": "mlp"}
-        point = anatomy.need_point(block, roles[branch], "adapter")
+        point = anatomy.need_point(block, _AFTER[self.config.outside][branch], "adapter")
         edit.after(point, BottleneckPart(point.width, self.config, residual, point.layout), label)
 
     def _beside(self, anatomy: Anatomy, edit: Editor, block: Block, branch: str, label: str, residual: bool) -> None:

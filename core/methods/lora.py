@@ -23,6 +23,7 @@ from peft_suite.config import MethodConfig
 from peft_suite.edits import Part
 from peft_suite.errors import UnsupportedError, closest
 from peft_suite.method import Capabilities, Editor, Method
+from peft_suite.methods.trained_norm import keep_output
 
 Rows = tuple[int, int]
 
@@ -40,8 +41,11 @@ class LoRAConfig(MethodConfig):
         dora: weight-decomposed update. Its dropout is not supported.
         shared_a: one A for all slices of a fused matrix (NOAH) instead of one each.
         dropout: on the input of A.
-        init: "lora": A Kaiming-uniform(a=sqrt 5), B zero, an identity at the start; "official": truncated normal 0.02
-            for both, what NOAH, SPT and V-PETL effectively ran.
+        init: "lora": A Kaiming-uniform(a=sqrt 5), B zero, an identity at the start; "gaussian": A normal of standard
+            deviation 1/r, B zero, what diffusers' scripts take; "official": truncated normal 0.02 for both, what NOAH,
+            SPT and V-PETL effectively ran.
+        ranks: (module path, rank) of modules that differ, as files of others have them.
+        alphas: (module path, alpha) of modules that differ; it takes precedence over ``alpha``.
     """
 
     method: ClassVar[str] = "lora"
@@ -52,10 +56,13 @@ class LoRAConfig(MethodConfig):
     dora: bool = False
     shared_a: bool = False
     dropout: float = 0.0
-    init: Literal["lora", "official"] = "lora"
+    init: Literal["lora", "gaussian", "official"] = "lora"
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
 
     def validate(self) -> None:
         self.require("rank", self.rank >= 1, "must be at least 1")
+        self.require("ranks", all(rank >= 1 for _, rank in self.ranks), "every rank must be at least 1")
         self.require("targets", bool(self.targets), "name at least one matrix, for example q")
         self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
         self.require("dropout", not (self.dora and self.dropout), "cannot be combined with dora")
@@ -65,6 +72,11 @@ class LoRAConfig(MethodConfig):
         """s of the formula."""
         alpha = self.rank if self.alpha is None else self.alpha
         return float(alpha) / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def at(self, path: str) -> LoRAConfig:
+        """The configuration of one module: ``ranks`` and ``alphas`` applied."""
+        rank, alpha = dict(self.ranks).get(path, self.rank), dict(self.alphas).get(path, self.alpha)
+        return self if (rank, alpha) == (self.rank, self.alpha) else self.replace(rank=rank, alpha=alpha)
 
 
 class LowRank(Part):
@@ -79,7 +91,7 @@ class LowRank(Part):
     def __init__(self, shape: tuple[int, int], slices: Sequence[Rows | None], config: LoRAConfig) -> None:
         super().__init__()
         out, fan_in = shape
-        self.out, self.rank, self.scale = out, config.rank, config.scale
+        self.out, self.rank, self.own_scale = out, config.rank, config.scale
         self.slices: tuple[Rows, ...] = tuple(sorted((0, out) if s is None else s for s in slices))
         self.shared = config.shared_a or len(self.slices) == 1
         copies = 1 if self.shared else len(self.slices)
@@ -92,9 +104,22 @@ class LowRank(Part):
         if init == "official":
             nn.init.trunc_normal_(self.lora_A, std=0.02)
             nn.init.trunc_normal_(self.lora_B, std=0.02)
+            return
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.rank)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def scale(self) -> float:
+        """s of the formula, times the strength that the adapter is used at."""
+        return self.own_scale * self.strength
+
+    @property
+    def scalable(self) -> bool:  # type: ignore[override]
+        """DoRA rescales directions: what it adds is no multiple of anything."""
+        return getattr(self, "magnitude", None) is None
 
     @property
     def whole(self) -> bool:
@@ -275,7 +300,7 @@ class LoRA(Method[LoRAConfig]):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(mergeable=True, identity_at_init=self.config.init == "lora")
+        return Capabilities(mergeable=True, identity_at_init=self.config.init != "official")
 
     def build(self, anatomy: Anatomy, edit: Editor) -> None:
         """Group the targets by module and attach.
@@ -288,8 +313,20 @@ class LoRA(Method[LoRAConfig]):
             rows = groups.setdefault(weight.path, [])
             if weight.rows not in rows:
                 rows.append(weight.rows)
+        named = (*(path for path, _ in self.config.ranks), *(path for path, _ in self.config.alphas))
+        if unknown := [path for path in named if path not in groups]:
+            raise UnsupportedError(
+                f"lora gives {unknown[0]!r} a rank or alpha of its own and does not target it. "
+                + closest(unknown[0], groups)
+            )
         for path, slices in groups.items():
             self._attach(edit, path, [None] if None in slices else slices)
+        if not (self.config.dora or self.config.dropout):  # x itself is kept for the gradient of A
+            for block in anatomy.blocks:
+                for branch, roles in (("attn", ("q", "k", "v")), ("mlp", ("fc1",))):
+                    read = [w.path for role, w in block.weights.items() if role in roles and w.path in groups]
+                    if any(isinstance(edit.module(path), nn.Linear) for path in read):
+                        keep_output(edit, block, branch)
 
     def _targets(self, anatomy: Anatomy, edit: Editor) -> list[Weight]:
         found: list[Weight] = []
@@ -299,6 +336,7 @@ class LoRA(Method[LoRAConfig]):
         for target in self.config.targets:
             if target not in roles and (target in names or "." in target or "*" in target):
                 matched = fnmatch.filter(names, target)
+                matched = [n for n in matched if f"{n}.weight" not in anatomy.idle] or matched
                 if not matched:
                     raise UnsupportedError(
                         f"lora target {target!r} matches no Linear or Conv2d of this {anatomy.family} model. "
@@ -306,11 +344,11 @@ class LoRA(Method[LoRAConfig]):
                     )
                 found += [Weight(name) for name in matched]
             else:
-                found += [anatomy.need_weight(block, target, "lora") for block in anatomy.need_blocks("lora")]
+                found += [block.weights[target] for block in anatomy.with_weight(target, "lora")]
         return found
 
     def _attach(self, edit: Editor, path: str, slices: list[Rows | None]) -> None:
-        module, config = edit.module(path), self.config
+        module, config = edit.module(path), self.config.at(path)
         if not isinstance(module, nn.Linear | nn.Conv2d):
             raise UnsupportedError(f"lora updates Linear and Conv2d layers; {path} is a {type(module).__name__}.")
         grouped = isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros")

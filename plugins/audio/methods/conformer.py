@@ -94,7 +94,7 @@ class ConformerPart(Part):
     def forward(self, x: Tensor) -> Tensor:
         """``x: [B, ..., d]``, or ``[B, d, ...]``."""
         h = x.movedim(1, -1) if self.first else x
-        h = self.delta(h.flatten(1, -2)).view(h.shape)
+        h = self.delta(h.flatten(1, -2).contiguous()).view(h.shape)
         h = h.movedim(-1, 1) if self.first else h
         return x + h if self.residual else h
 

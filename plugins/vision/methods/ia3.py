@@ -110,12 +110,14 @@ class IA3(Method[IA3Config]):
         """Group output targets by module and attach.
 
         Raises:
-            UnsupportedError: a block has no such matrix.
+            UnsupportedError: no block has such a matrix.
         """
+        for target in self.config.targets:
+            anatomy.with_weight(target, "ia3")
         for block in anatomy.need_blocks("ia3"):
             outputs: dict[str, list[Rows | None]] = {}
-            for target in self.config.targets:
-                weight = anatomy.need_weight(block, target, "ia3")
+            for target in (t for t in self.config.targets if t in block.weights):
+                weight = block.weights[target]
                 if target == "fc2":
                     module = self._matrix(edit, weight.path)
                     width = module.weight.shape[1]

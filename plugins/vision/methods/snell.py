@@ -160,7 +160,7 @@ class KernelUpdate(Part):
         """Delta of every slice, ``[rows, in]``."""
         return [update(self.form, *own)[0] for own in split(self.slices, *self._points())]
 
-    def direct(self, weight: Tensor | None) -> bool:
+    def direct(self, weight: Tensor | None, bias: Tensor | None = None, x: Tensor | None = None) -> bool:
         """Whether the layer's output can be computed without a Delta that lives until backward."""
         return self.linear and weight is not None and not weight.requires_grad
 
