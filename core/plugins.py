@@ -21,6 +21,7 @@ from peft_suite.errors import MissingExtraError, PluginError, UnknownNameError
 __all__ = [
     "AnatomyEntry",
     "DatasetEntry",
+    "FlagEntry",
     "FoundPlugin",
     "MethodEntry",
     "Plugin",
@@ -91,12 +92,32 @@ class DatasetEntry:
 class VerbEntry:
     """An extra command of the plugin, beside those that the core builds for everyone.
 
-    ``target`` names a function whose signature Typer reads.
+    Attributes:
+        target: names a function whose signature Typer reads.
+        example: what stands after the verb's name in the example of its ``--help``; "" for none.
     """
 
     name: str
     target: str
     summary: str
+    example: str = ""
+
+
+@dataclass(frozen=True)
+class FlagEntry:
+    """A flag of ``train`` that other tools of the modality have made usual; it sets a field as ``FIELD=VALUE`` does.
+
+    Attributes:
+        name: ``instance-prompt`` for ``--instance-prompt``.
+        field: dotted name of the field, such as ``data.instance_prompt``.
+        summary: one line.
+        kind: "text" takes a value as it stands, "value" reads it as YAML, "switch" takes none and sets true.
+    """
+
+    name: str
+    field: str
+    summary: str
+    kind: str = "text"
 
 
 @dataclass(frozen=True)
@@ -131,6 +152,8 @@ class Plugin:
         recipes: ``"module:object"``, a :class:`peft_suite.train.suites.Book` of suites and recipes.
         demo: ``"module:function"`` behind ``peft-suite demo NAME``.
         example: ``(backbone, data)`` that work without a download; they stand in the examples of ``--help``.
+        use: what to do with a trained adapter, a verb and its arguments, ``{adapter}`` being its folder.
+        flags: further flags of ``train``; see :class:`FlagEntry`.
         doctor: ``"module:function"`` that returns further rows for ``peft-suite doctor``; called when nothing of
             ``requires`` is missing.
     """
@@ -150,6 +173,8 @@ class Plugin:
     demo: str = ""
     example: tuple[str, str] = ("", "")
     doctor: str = ""
+    use: str = "predict {adapter} FILES"
+    flags: tuple[FlagEntry, ...] = ()
 
     def for_task(self, task: str) -> Plugin:
         """The plugin with the backbones and data of a task; itself for "".

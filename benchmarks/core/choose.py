@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_suite.storage import write_json
+from peft_suite.tables import lower_is_better
 from peft_suite.train.config import RunConfig
 from peft_suite.train.grid import Job, run_jobs
 from peft_suite.train.record import read_run
@@ -46,7 +47,7 @@ def choose(fields: Fields, rates: Mapping[str, Sequence[float]], seeds: Sequence
     further = []
     for name in rates:
         found = scores(out, name, seeds)
-        best = max(found, key=lambda rate: found[rate]) if found else 0.0
+        best = best_of(out, name, found) if found else 0.0
         if best == min(found, default=None):
             further += jobs(name, [float(f"{best / 10**0.5:.0e}")])
         elif best == max(found, default=None):
@@ -65,15 +66,31 @@ def scores(out: Path, name: str, seeds: Sequence[int]) -> dict[float, float]:
     return dict(sorted(found.items()))
 
 
+def best_of(out: Path, name: str, found: Mapping[float, float]) -> float:
+    """The rate of the highest score, or of the lowest where the metric is a loss."""
+    order = min if lower_is_better(metric_of(out, name)) else max
+    return order(found, key=lambda rate: found[rate])
+
+
+def metric_of(out: Path, name: str) -> str:
+    """The metric of a method's runs."""
+    records = (read_run(folder) for folder in (out / name).glob("lr-*/seed-*"))
+    return next((str(r["metric"]) for r in records if r and r["status"] == "finished"), "")
+
+
 def show(out: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
     """The validation scores of all finished runs and the best rate of each method."""
     table = Table("method", "rate: validation score", "chosen")
     record: dict[str, Any] = {}
     for name in names:
         if found := scores(out, name, seeds):
-            best = max(found, key=lambda rate: found[rate])
+            best = best_of(out, name, found)
             record[name] = {"chosen": best, "validation": {f"{r:g}": a for r, a in found.items()}}
-            table.add_row(name, "  ".join(f"{rate:g}: {100 * a:.1f}" for rate, a in found.items()), f"{best:g}")
+            losses = lower_is_better(metric_of(out, name))
+            shown = "  ".join(
+                f"{rate:g}: {a:.4f}" if losses else f"{rate:g}: {100 * a:.1f}" for rate, a in found.items()
+            )
+            table.add_row(name, shown, f"{best:g}")
     write_json(out / "chosen.json", record)
     Console(width=140).print(table)
     return {name: entry["chosen"] for name, entry in record.items()}

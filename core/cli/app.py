@@ -54,7 +54,9 @@ class _PluginVerb(TyperCommand):
 
     def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
         app = typer.Typer(add_completion=False)
-        app.command(self._entry.name, help=self._entry.summary)(resolve(self._entry.target, self._plugin))
+        entry = self._entry
+        shown = f"Example: peft-suite {self._plugin.name} {entry.name} {entry.example}" if entry.example else None
+        app.command(entry.name, help=entry.summary, epilog=shown)(resolve(entry.target, self._plugin))
         return typer.main.get_command(app).make_context(info_name, args, parent, **extra)
 
 

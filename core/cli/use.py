@@ -137,6 +137,7 @@ def merge(
     plugin = plugin_of(ctx)
     ready(plugin, "backbones")
     from peft_suite.cli.export import merge_in_place, write_merged
+    from peft_suite.train.opening import MERGED
 
     opened = _open(plugin, adapter, checkpoint)
     if opened.merged:
@@ -149,9 +150,11 @@ def merge(
             f"{error} As one file that runs without this package's training code: "
             f"peft-suite {plugin.name} export {adapter} exported --format torch-export"
         ) from error
-    files = write_merged(opened, target)
+    write = getattr(resolve(plugin.for_task(opened.task).backbones, plugin), "write_merged", write_merged)
+    files = write(opened, target)
     _told(files)
-    note(f"Next: peft-suite {plugin.name} eval {target}, or --checkpoint {files[0]} as weights of a new run")
+    again = f"--backbone {target}" if (target / MERGED).is_file() else f"--checkpoint {files[0]} as weights"
+    note(f"Next: peft-suite {plugin.name} eval {target}, or {again} of a new run")
 
 
 def export(

@@ -15,6 +15,7 @@ import typer
 
 from peft_suite.cli.common import plugin_of, ready
 from peft_suite.cli.console import note, on_interrupt, show_json, show_mapping, show_table
+from peft_suite.cli.flags import with_flags
 from peft_suite.cli.listing import list_backbones, list_datasets, list_methods
 from peft_suite.cli.root import Json
 from peft_suite.cli.settings import assemble, dump, split_methods
@@ -87,7 +88,8 @@ def add_to(app: typer.Typer, plugin: Plugin) -> None:
     for (name, example), function in zip(examples.items(), functions, strict=True):
         backbone, data = plugin.example[0] or "NAME", plugin.example[1] or "PATH"
         shown = example.format(backbone=backbone, data=data)
-        app.command(name, epilog=f"Example: peft-suite {plugin.name} {shown}")(function)
+        chosen = with_flags(function, plugin.flags) if function is train and plugin.flags else function
+        app.command(name, epilog=f"Example: peft-suite {plugin.name} {shown}")(chosen)
 
 
 def plan(
@@ -363,10 +365,15 @@ def _make_plan(plugin: Plugin, config: RunConfig, classes: int | None) -> Any:
         source = resolve(plugin.data, plugin)
         classes = len(source.classes(source.config.from_dict(config.data))[0])
     one = config.backbone
-    model = resolve(plugin.backbones, plugin).build(
-        one.name, classes or 100, pretrained=False, checkpoint="", options=one.options
-    )
-    return ps.plan(model, config.method if isinstance(config.method, str) else dict(config.method))
+    backbones = resolve(plugin.backbones, plugin)
+    model = backbones.build(one.name, classes or 100, pretrained=False, checkpoint="", options=one.options)
+    from peft_suite.train.running import prepared
+
+    return ps.plan(model, prepared(backbones, model, _spec(config)))
+
+
+def _spec(config: RunConfig) -> str | dict[str, Any]:
+    return config.method if isinstance(config.method, str) else dict(config.method)
 
 
 def _show_plan(plan: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from peft_suite.errors import FileFormatError
+from peft_suite.plugins import plugins
 from peft_suite.report import plots
 from peft_suite.report.records import (
     Run,
@@ -27,6 +28,7 @@ from peft_suite.report.records import (
     section,
 )
 from peft_suite.storage import write_bytes
+from peft_suite.tables import lower_is_better
 
 __all__ = ["data_uri", "facts", "group_page", "render", "rows_as_csv", "run_page"]
 
@@ -74,6 +76,7 @@ def run_page(run_dir: Path) -> Path:
         plan=_plan(section(section(data, "method"), "plan")),
         parameters=facts({k: v for k, v in section(data, "parameters").items() if not isinstance(v, list | Mapping)}),
         curves=data_uri(curves),
+        pictures=_pictures(run),
         confusion=data_uri(plots.confusion(matrix, classes)) if matrix else "",
         confused=_confused(matrix, classes),
         per_class=_per_class(section(data, "final").get("per_class"), classes, matrix),
@@ -96,7 +99,8 @@ def group_page(root: Path, kind: str) -> Path:
     names = [n for r in runs if r.finished for n in r.scores()[1]]
     metric = next((r.metric for r in runs if r.metric), "") or primary_name(dict.fromkeys(names))
     rows = [g.row(metric) for g in groups]
-    rows.sort(key=lambda r: (r["task"], math.inf if r["mean"] is None else -r["mean"]))
+    sign = 1 if lower_is_better(metric) else -1
+    rows.sort(key=lambda r: (r["task"], math.inf if r["mean"] is None else sign * r["mean"]))
     failures = [(str(p.relative_to(root)), reason) for p, reason in broken]
     for run in runs:
         if not run.finished:
@@ -119,6 +123,7 @@ def group_page(root: Path, kind: str) -> Path:
         finished=sum(r.finished for r in runs),
         total=len(runs) + len(broken),
         picture=data_uri(picture),
+        drawn=[(f"{r.task}, {r.method}, seed {r.seed}", _pictures(r)) for r in _first(runs) if r.data.get("pictures")],
         runs=[_run_row(r, root, metric) for r in runs],
         failures=failures,
         versions=facts({**section(runs[0].data, "versions"), **section(runs[0].data, "platform")} if runs else {}),
@@ -153,7 +158,7 @@ def show_metric(value: Any, name: str = "") -> str:
     known = number(value)
     if known is None:
         return _NONE
-    return f"{100 * known:.1f} %" if 0 <= known <= 1 and "loss" not in name.lower() else f"{known:.4g}"
+    return f"{100 * known:.1f} %" if 0 <= known <= 1 and not lower_is_better(name) else f"{known:.4g}"
 
 
 def show_count(value: Any) -> str:
@@ -362,6 +367,25 @@ def _examples(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return right[:EXAMPLES], wrong[:EXAMPLES]
 
 
+def _pictures(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the task drew: (title, [(moment, picture)]), one row per title, in the order of the moments."""
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for entry in run.data.get("pictures") or ():
+        try:
+            content = (run.path / str(entry["file"])).read_bytes()
+        except (OSError, KeyError, TypeError):
+            continue
+        if content[:4] == b"\x89PNG":
+            rows.setdefault(str(entry.get("title")), []).append((str(entry.get("moment")), data_uri(content)))
+    return list(rows.items())
+
+
+def _first(runs: Sequence[Run]) -> list[Run]:
+    """One run of each method on each task: that of the lowest seed."""
+    ordered = sorted(runs, key=lambda r: r.seed, reverse=True)
+    return list(reversed({(r.task, r.method): r for r in ordered}.values()))
+
+
 def _attached(texts: Sequence[Any], index: int, kind: str) -> str:
     """A picture or sound stored as base64, as part of a page; "" where there is none or it is something else."""
     text = texts[index] if index < len(texts) else None
@@ -390,8 +414,11 @@ def _commands(run: Run) -> list[tuple[str, str]]:
         resume = f"peft-suite {plugin} train --config {_quote(run.path / 'config.yaml')} --resume"
         return [("Continue this run", resume)]
     target = _quote(path)
+    use = next((found.plugin.use for found in plugins() if found.plugin and found.name == plugin), "")
+    predicts = use.startswith("predict ") or not use
+    first = f"predict {target} FILES... --out predictions.csv" if predicts else use.format(adapter=target)
     return [
-        ("Predict", f"peft-suite {plugin} predict {target} FILES... --out predictions.csv"),
+        (first.split()[0].capitalize(), f"peft-suite {plugin} {first}"),
         ("Evaluate on other data", f"peft-suite {plugin} eval {target} --data {_quote(root)}"),
         ("Merge into plain weights", f"peft-suite {plugin} merge {target} merged"),
         ("In Python", f"import peft_suite as ps\n\nps.load(model, {str(path)!r})  # on a fresh backbone"),
@@ -407,7 +434,10 @@ def _quote(value: Any) -> str:
 def _best(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
     best: dict[str, Mapping[str, Any]] = {}
     for row in rows:
-        if row["mean"] is not None and (row["task"] not in best or row["mean"] > best[row["task"]]["mean"]):
+        sign = -1 if lower_is_better(str(row.get("metric") or "")) else 1
+        if row["mean"] is None:
+            continue
+        if row["task"] not in best or sign * row["mean"] > sign * best[row["task"]]["mean"]:
             best[row["task"]] = row
     return {(r["task"], r["method"]) for r in best.values()} if len(rows) > 1 else set()
 

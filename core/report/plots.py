@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from peft_suite.report.records import number, numbers, primary_name, section
+from peft_suite.tables import lower_is_better
 
 __all__ = ["confusion", "curves", "tradeoffs"]
 
@@ -70,7 +71,8 @@ def curves(history: Sequence[Mapping[str, Any]], best_epoch: int | None = None, 
         for index, name in enumerate(names):
             _line(axes[1], [(e, v.get(name)) for e, v in validations], name, index)
         axes[1].set_title("Validation " + (names[0] if len(names) == 1 else "metrics"))
-        values = [v[n] for _, v in validations for n in names if n in v]
+        shares = [n for n in names if not lower_is_better(n)]
+        values = [v[n] for _, v in validations for n in names if n in v] if shares == names else []
         if values and min(values) >= 0 and max(values) <= 1:
             axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         _line(axes[2], [(e, number(h.get("lr"))) for e, h in rows], "learning rate", 0)
@@ -145,7 +147,7 @@ def tradeoffs(rows: Sequence[Mapping[str, Any]], metric: str) -> bytes:
         )
         if any(r[key] is not None for r in rows)
     ]
-    percent = bool(rows) and all(0 <= r["mean"] <= 1 for r in rows)
+    percent = bool(rows) and all(0 <= r["mean"] <= 1 for r in rows) and not lower_is_better(metric)
     columns = max(1, min(4, len(methods)))
     longest = max((len(m) for m in methods), default=0)
     columns = columns if longest <= 24 else (2 if longest <= 48 else 1)

@@ -14,6 +14,7 @@ from peft_suite.report import plots
 from peft_suite.report.page import data_uri, facts, render, rows_as_csv
 from peft_suite.report.records import Group, Run, primary_name, read_run, section
 from peft_suite.storage import write_bytes
+from peft_suite.tables import lower_is_better
 
 __all__ = ["MEAN_OF_GROUPS", "MEAN_OF_TASKS", "SUITE", "suite_page"]
 
@@ -164,7 +165,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> str:
     known = [r for r in rows if r["mean"] is not None]
-    return str(max(known, key=lambda r: r["mean"])["method"]) if len(known) > 1 else ""
+    pick = min if known and lower_is_better(str(known[0].get("metric") or "")) else max
+    return str(pick(known, key=lambda r: r["mean"])["method"]) if len(known) > 1 else ""
 
 
 def _picture(means: Sequence[Mapping[str, Any]], groups: Mapping[str, Any], metric: str) -> bytes | None:

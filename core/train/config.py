@@ -41,6 +41,10 @@ class Recipe(Config):
             only for reproducing papers that did so).
         patience: stop after this many epochs without a better selection metric; 0 switches off.
         checkpoint_every: epochs between resumable checkpoints; 0 keeps only the one at the end or at an interruption.
+        max_steps: optimizer steps of the whole run, in as many epochs as that takes; 0 lets ``epochs`` decide.
+        ema: decay of an exponential moving average of the trained values, which is then what is evaluated and saved;
+            0 switches it off. See :mod:`peft_suite.train.averaging`.
+        sample_every: epochs between pictures, where the task can draw some; 0 draws them before and after training.
     """
 
     epochs: int = 30
@@ -65,6 +69,9 @@ class Recipe(Config):
     eval_every: int = 1
     checkpoint_every: int = 1
     calibration_batches: int = 16
+    max_steps: int = 0
+    ema: float = 0.0
+    sample_every: int = 0
     tracker: Literal["none", "tensorboard"] = "none"
 
     def validate(self) -> None:
@@ -72,6 +79,9 @@ class Recipe(Config):
             self.require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("lr", "weight_decay", "min_lr", "warmup_epochs", "clip_norm", "mixup", "cutmix", "patience"):
             self.require(name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("max_steps", "sample_every"):
+            self.require(name, getattr(self, name) >= 0, "must not be negative")
+        self.require("ema", 0 <= self.ema < 1, "must be at least 0 and below 1")
         self.require("label_smoothing", 0 <= self.label_smoothing < 1, "must be at least 0 and below 1")
         self.require("batch_size", self.batch_size % self.accumulate == 0, "must be a multiple of accumulate")
 

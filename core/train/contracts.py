@@ -28,7 +28,13 @@ class BackboneInfo:
 
 
 class Backbones(Protocol):
-    """The object behind ``Plugin.backbones``."""
+    """The object behind ``Plugin.backbones``.
+
+    It may have ``prepare(model, method) -> method``, which readies a model for a method before it is adapted and may
+    fill in the method's configuration, and ``write_merged(opened, folder) -> files``, how a merged model is written
+    where that is no single file of weights: ``peft_suite.json`` in the folder holds its metadata, and the folder is a
+    name that :meth:`build` knows.
+    """
 
     def list(self, pattern: str = "*") -> Sequence[BackboneInfo]:
         """Backbones whose name matches a glob."""
@@ -83,8 +89,9 @@ class DataConfig(Config):
 class DataSplits:
     """Data ready to train on. Samples are ``(input tensor, target)``.
 
-    A data set may have ``target(index)`` (labels without decoding) and ``set_epoch(epoch)`` (augmentation then depends
-    on epoch and index only, so that a resumed run sees the same samples).
+    A data set may have ``target(index)`` (labels without decoding), ``set_epoch(epoch)`` (augmentation then depends
+    on epoch and index only, so that a resumed run sees the same samples) and ``group(index)`` (hashable: a batch holds
+    samples of one group only, for inputs of different shapes).
 
     ``target`` is an int class index, or for ``multi_label`` a float tensor ``[C]`` of 0 and 1.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from peft_suite.errors import ConfigError, DataError
 from peft_suite.train.loader import indexed_loader
 from peft_suite.train.task import Task
 
-__all__ = ["autocast", "collect", "evaluate", "forward", "outputs", "pick_device", "predict"]
+__all__ = ["autocast", "collect", "evaluate", "forward", "outputs", "pick_device", "predict", "predictor"]
 
 
 def evaluate(
@@ -41,6 +42,8 @@ def evaluate(
         workers=workers,
         precision=precision,
         reduce=getattr(task, "reduce", None),
+        call=predictor(task),
+        sorts=getattr(dataset, "group", None),
     )
     assert target is not None
     task.check(target, "evaluation")
@@ -106,27 +109,32 @@ def collect(
     world: int = 1,
     gather: Callable[[Tensor], Tensor] | None = None,
     stop: Callable[[], None] = lambda: None,
-    reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    reduce: Callable[[Tensor, Any], tuple[Tensor, Tensor]] | None = None,
+    call: Callable[[nn.Module, Any], Tensor] | None = None,
+    sorts: Callable[[int], Hashable] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs and targets of the whole data set, in its order, on the CPU.
 
     Process ``rank`` runs samples ``rank, rank + world, ...``; ``gather`` joins equal-sized parts. ``stop`` is called
-    between batches and may raise. ``reduce`` shrinks outputs and targets of every batch to what is kept.
+    between batches and may raise. ``reduce`` shrinks outputs and targets of every batch to what is kept. ``call`` runs
+    the model, :func:`forward` by default. No batch mixes samples of which ``sorts`` says different things.
     """
+    call = call or forward
     size = len(dataset)  # type: ignore[arg-type]
     if not size:
         raise DataError("There is nothing to evaluate: the data set is empty.")
     mine = list(range(rank, size, world)) or [0]
-    indices = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    runs = [list(run) for _, run in itertools.groupby(mine, sorts)] if sorts else [mine]
+    indices = [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]
     outputs, targets = [], []
     with _inference(model):
         for batch in indexed_loader(dataset, indices, workers=workers, pin=device.type == "cuda"):
             stop()
             inputs, target = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
             with autocast(device, precision):
-                output = forward(model, to_device(inputs, device))
+                output = call(model, to_device(inputs, device))
             if reduce is not None and target is not None:
-                output, target = reduce(output.float(), target.to(output.device))
+                output, target = reduce(output.float(), to_device(target, output.device))
                 target = target.cpu()
             outputs.append(output.float().cpu())
             if target is not None:
@@ -145,6 +153,11 @@ def _join(
     padded = torch.cat([mine, mine[:1].expand(longest - len(mine), *mine.shape[1:])])[:longest]
     parts: Tensor = gather(padded.to(device)).cpu()  # [world * longest, ...], one process after the other
     return parts.reshape(world, longest, *parts.shape[1:]).transpose(0, 1).flatten(0, 1)[:size].contiguous()
+
+
+def predictor(task: Task) -> Callable[[nn.Module, Any], Tensor]:
+    """How a task runs a model on the inputs of a batch: its own ``predict``, else :func:`forward`."""
+    return getattr(task, "predict", None) or forward
 
 
 def forward(model: nn.Module, inputs: Any) -> Tensor:

@@ -1,22 +1,23 @@
 """Sample order and batches that do not depend on how many processes or micro-batches share the work.
 
 An epoch is a permutation drawn from (seed, epoch), cut into global batches of ``batch_size``; the last one may be
-shorter. Each global batch is cut into ``accumulate * world`` consecutive slices: micro-batch ``m`` of process ``r``
-takes slice ``m * world + r``. A slice that comes out empty repeats one sample with weight 0, so that every process
-runs the same number of forward passes.
+shorter. Where a data set has ``group(index)``, every group is cut by itself and a global batch holds one group, so that
+samples of different shapes never meet. Each global batch is cut into ``accumulate * world`` consecutive slices:
+micro-batch ``m`` of process ``r`` takes slice ``m * world + r``. A slice that comes out empty repeats one sample with
+weight 0, so that every process runs the same number of forward passes.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["MicroBatch", "batches", "epoch_plan", "indexed_loader", "targets_of"]
+__all__ = ["MicroBatch", "batches", "epoch_plan", "global_batches", "groups_of", "indexed_loader", "targets_of"]
 
 
 class MicroBatch(NamedTuple):
@@ -27,7 +28,15 @@ class MicroBatch(NamedTuple):
 
 
 def epoch_plan(
-    size: int, batch_size: int, accumulate: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1
+    size: int,
+    batch_size: int,
+    accumulate: int,
+    *,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    groups: Sequence[Hashable] | None = None,
 ) -> list[list[MicroBatch]]:
     """The micro-batches of one process, one list per optimizer step.
 
@@ -35,16 +44,35 @@ def epoch_plan(
         size: samples in the data set.
         batch_size: global samples per step.
         accumulate: micro-batches per step and process.
+        groups: of every sample, see :func:`groups_of`.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(size, generator=generator).tolist()
     steps = []
-    for start in range(0, size, batch_size):
-        batch = order[start : start + batch_size]
+    for batch in global_batches(size, batch_size, seed=seed, epoch=epoch, groups=groups):
         share = -(-len(batch) // (accumulate * world))
         slices = [batch[k * share : (k + 1) * share] for k in range(rank, accumulate * world, world)]
         steps.append([MicroBatch(s, 1.0) if s else MicroBatch(batch[:1], 0.0) for s in slices])
     return steps
+
+
+def global_batches(
+    size: int, batch_size: int, *, seed: int, epoch: int, groups: Sequence[Hashable] | None = None
+) -> list[list[int]]:
+    """Sample indices of every optimizer step; their number does not depend on the epoch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(size, generator=generator).tolist()
+    if groups is None:
+        return [order[start : start + batch_size] for start in range(0, size, batch_size)]
+    parts: dict[Hashable, list[int]] = {}
+    for index in order:
+        parts.setdefault(groups[index], []).append(index)
+    cut = [part[start : start + batch_size] for part in parts.values() for start in range(0, len(part), batch_size)]
+    return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
+
+
+def groups_of(dataset: Dataset[Any]) -> list[Hashable] | None:
+    """``dataset.group(index)`` of every sample; None where it has no groups."""
+    group = getattr(dataset, "group", None)
+    return [group(i) for i in range(len(dataset))] if group else None  # type: ignore[arg-type]
 
 
 def batches(
@@ -89,7 +117,7 @@ def targets_of(dataset: Dataset[Any]) -> Tensor:
     return result
 
 
-def _pair(sample: Any) -> tuple[Any, Tensor]:
+def _pair(sample: Any) -> tuple[Any, Any]:
     inputs, targets = sample
     return inputs, targets
 

@@ -18,12 +18,15 @@ import peft_suite as ps
 from peft_suite.errors import ConfigError, DataError, StorageError, TrainingError
 from peft_suite.lifecycle import rebuild
 from peft_suite.storage import write_json
+from peft_suite.tables import lower_is_better
+from peft_suite.train.averaging import Average
 from peft_suite.train.config import Recipe
 from peft_suite.train.contracts import DataSplits
 from peft_suite.train.display import Display
-from peft_suite.train.evaluation import autocast, collect, forward, to_device
-from peft_suite.train.loader import batches, epoch_plan, targets_of
+from peft_suite.train.evaluation import autocast, collect, predictor, to_device
+from peft_suite.train.loader import batches, epoch_plan, global_batches, groups_of, targets_of
 from peft_suite.train.optim import build_optimizer, describe_groups, lr_at, set_lr
+from peft_suite.train.pictures import draw
 from peft_suite.train.record import (
     PeakMemory,
     RunResult,
@@ -124,13 +127,19 @@ class _Training:
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.steps = -(-len(self.train_data) // recipe.batch_size)  # type: ignore[arg-type]
+        self.predict = predictor(self.task)
+        self.groups = groups_of(self.train_data)
+        self.steps = len(self.global_batches(0))  # of every epoch
+        self.total = recipe.max_steps or recipe.epochs * self.steps
+        self.epochs = -(-self.total // self.steps)
         self.checkpoint_file = out / "checkpoint" / "state.safetensors"
         self.epoch = self.step = 0
         self.loss_sum, self.samples, self.epoch_seconds = 0.0, 0, 0.0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.best_state: dict[str, Tensor] = {}
+        self.average: Average | None = None
+        self.pictures: list[dict[str, str]] = []
         self.train_seconds = self.earlier_seconds = 0.0
         self.saved_at = ""
         self.begun = self.adapter_saved = False
@@ -147,7 +156,9 @@ class _Training:
             if show:
                 print(f"{self.out} is already finished: nothing to resume.", file=sys.stderr)
             self.take_plans(state)
-            self.load_adapters(state["best_state"] or state["adapters"])
+            self.load_adapters(
+                state["best_state"] or {**state["adapters"], **state.get("average", {}).get("values", {})}
+            )
             return RunResult(self.out, record)
         with restored_forward(self.model), self.stop:
             self.display = Display(enabled=False, epochs=0, steps=0, epoch=0, metric="")
@@ -188,7 +199,7 @@ class _Training:
         set_epoch(self.train_data, 0)
         if verify and state is None:
             inputs, _, _ = next(self.batches(0, 0, 1))[0]
-            ps.verify(self.model, to_device(inputs, self.device))
+            ps.verify(self.model, to_device(inputs, self.device), self.predict)
             self.model.zero_grad(set_to_none=True)
         self.begun = True  # from here on run.json tells of this run; what is refused earlier leaves the folder alone
         self.write_record("running")
@@ -203,12 +214,15 @@ class _Training:
         self.wrapped: Any = self.accelerator.prepare_model(self.model) if self.world > 1 else self.model
         self.stepper = self.accelerator.prepare_optimizer(self.optimizer)
         seed_everything(self.seed + 7919 * self.rank)  # processes must not drop the same units
+        if self.recipe.ema:
+            self.average = Average(self.model, self.trained, self.recipe.ema)
         if state is not None:
             self.restore(state)
+        self.events.begin(self.total)
         if self.recipe.tracker == "tensorboard":
             self.accelerator.init_trackers("tensorboard")
         self.display = Display(
-            enabled=show, epochs=self.recipe.epochs, steps=self.steps, epoch=self.epoch, metric=self.task.primary
+            enabled=show, epochs=self.epochs, steps=self.steps, epoch=self.epoch, metric=self.task.primary
         )
         self.display.say(describe_groups(self.optimizer))
         for adapter in self.events.adapters:
@@ -216,21 +230,24 @@ class _Training:
                 self.display.say(f"{adapter.method.name}: {adapter.method.decision}")
         if state is not None:
             self.display.say(f"resumed from {self.saved_at}")
+        else:
+            self.draw("before")
 
     def calibrate(self) -> None:
         """Show ``calibration_batches`` global batches (or all), the same on every process, to methods asking for it."""
         every = any(a.method.capabilities.calibrates_on_all for a in self.events.adapters)
-        plan = epoch_plan(len(self.train_data), self.recipe.batch_size, 1, seed=self.seed, epoch=0)  # type: ignore[arg-type]
+        size = len(self.train_data)  # type: ignore[arg-type]
+        plan = epoch_plan(size, self.recipe.batch_size, 1, seed=self.seed, epoch=0, groups=self.groups)
 
-        def stream() -> Iterator[tuple[Any, Tensor]]:
+        def stream() -> Iterator[tuple[Any, Any]]:
             shown = plan if every else plan[: self.recipe.calibration_batches]
             for step in batches(self.train_data, shown, workers=self.workers, seed=self.seed):
                 inputs, targets, _ = step[0]
-                yield to_device(inputs, self.device), targets.to(self.device)
+                yield to_device(inputs, self.device), to_device(targets, self.device)
 
-        def loss(batch: tuple[Any, Tensor]) -> Tensor:
+        def loss(batch: tuple[Any, Any]) -> Tensor:
             with autocast(self.device, self.recipe.precision):
-                output = forward(self.model, batch[0])
+                output = self.predict(self.model, batch[0])
             return self.task.loss(output, batch[1]).mean()
 
         self.model.train()
@@ -240,14 +257,23 @@ class _Training:
     # ---- training ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        while self.epoch < self.recipe.epochs and not self.exhausted():
-            if self.step < self.steps:
+        while self.epoch < self.epochs and not self.exhausted():
+            if self.step < self.steps_now():
                 self.train_epoch()
             self.close_epoch()
         if self.step or not self.saved_at.startswith(f"epoch {self.epoch},"):
             self.write_checkpoint()
 
-    def batches(self, epoch: int, start: int, stop: int | None = None) -> Iterator[list[tuple[Any, Tensor, float]]]:
+    def steps_now(self) -> int:
+        """Steps of this epoch: fewer in the last one where ``max_steps`` ends it."""
+        return min(self.steps, self.total - self.epoch * self.steps)
+
+    def global_batches(self, epoch: int) -> list[list[int]]:
+        """Sample indices of every step of an epoch, over all processes."""
+        size = len(self.train_data)  # type: ignore[arg-type]
+        return global_batches(size, self.recipe.batch_size, seed=self.seed, epoch=epoch, groups=self.groups)
+
+    def batches(self, epoch: int, start: int, stop: int | None = None) -> Iterator[list[tuple[Any, Any, float]]]:
         """This process's micro-batches of the steps ``start`` to ``stop`` of an epoch."""
         plan = epoch_plan(
             len(self.train_data),  # type: ignore[arg-type]
@@ -257,6 +283,7 @@ class _Training:
             epoch=epoch,
             rank=self.rank,
             world=self.world,
+            groups=self.groups,
         )
         pin = self.device.type == "cuda"
         seed = self.seed * 1_000_003 + epoch
@@ -265,11 +292,11 @@ class _Training:
     def train_epoch(self) -> None:
         self.model.train()
         set_epoch(self.train_data, self.epoch)
-        total = len(self.train_data)  # type: ignore[arg-type]
+        sizes = [len(batch) for batch in self.global_batches(self.epoch)]
         clock = time.perf_counter()
-        for micros in self.batches(self.epoch, self.step):
+        for micros in self.batches(self.epoch, self.step, self.steps_now()):
             loss, stop = self.train_step(micros)
-            count = min(self.recipe.batch_size, total - self.step * self.recipe.batch_size)
+            count = sizes[self.step]
             self.step += 1
             self.loss_sum += loss * count
             self.samples += count
@@ -281,12 +308,13 @@ class _Training:
             if stop:
                 self.interrupt()
 
-    def train_step(self, micros: list[tuple[Any, Tensor, float]]) -> tuple[float, bool]:
+    def train_step(self, micros: list[tuple[Any, Any, float]]) -> tuple[float, bool]:
         """One optimizer step. Returns the loss of the global batch and whether any process was asked to stop."""
         number = self.epoch * self.steps + self.step
         lr = lr_at(number, self.recipe, self.steps)
         set_lr(self.optimizer, lr)
-        parts = [(*self.mix(to_device(x, self.device), y.to(self.device)), weight) for x, y, weight in micros]
+        moved = [(to_device(x, self.device), to_device(y, self.device), weight) for x, y, weight in micros]
+        parts = [(*self.mix(x, y), weight) for x, y, weight in moved]
         masses = [weight * self.task.mass(y, self.class_weights).sum() for _, y, weight in parts]
         mass = torch.stack(masses).sum()
         mass = self.accelerator.reduce(mass) if self.world > 1 else mass
@@ -296,7 +324,7 @@ class _Training:
             last = index == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with autocast(self.device, self.recipe.precision), self.memory.counting():
-                    output = forward(self.wrapped, inputs)
+                    output = self.predict(self.wrapped, inputs)
                 each = self.task.loss(output, targets, smoothing=smoothing, class_weights=self.class_weights)
                 loss = weight * each.sum() / mass
                 penalty = self.events.penalty() if last else None
@@ -319,11 +347,13 @@ class _Training:
         self.stepper.step()
         self.events.after_step(number, self.optimizer)
         self.stepper.zero_grad()
+        if self.average:
+            self.average.update()
         if self.recipe.tracker != "none":
             self.accelerator.log({"train/loss": value, "train/lr": lr}, step=number)
         return value, asked > 0
 
-    def mix(self, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+    def mix(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """Mixup or cutmix within a micro-batch; of an odd number of samples the last stays as it is."""
         if self.mixup is None:
             return inputs, targets
@@ -352,10 +382,11 @@ class _Training:
 
     def close_epoch(self) -> None:
         """Evaluate where due, write the history line, select, checkpoint, and move to the next epoch."""
-        due = (self.epoch + 1) % self.recipe.eval_every == 0 or self.epoch + 1 == self.recipe.epochs
-        val = self.metrics("val") if due else None
-        test = self.metrics("test") if due and self.recipe.select == "test" else None
-        number = (self.epoch + 1) * self.steps
+        due = (self.epoch + 1) % self.recipe.eval_every == 0 or self.epoch + 1 == self.epochs
+        with self.averaged():
+            val = self.metrics("val") if due else None
+            test = self.metrics("test") if due and self.recipe.select == "test" else None
+        number = self.epoch * self.steps + self.steps_now()
         entry: dict[str, Any] = {
             "epoch": self.epoch,
             "step": number,
@@ -367,7 +398,10 @@ class _Training:
             "test": test,
         }
         self.history.append(entry)
-        self.select(entry)
+        with self.averaged():
+            self.select(entry)
+            if self.recipe.sample_every and (self.epoch + 1) % self.recipe.sample_every == 0:
+                self.draw(f"epoch {self.epoch + 1}")
         self.epoch, self.step = self.epoch + 1, 0
         self.loss_sum, self.samples, self.epoch_seconds = 0.0, 0, 0.0
         self.display.epoch(entry)
@@ -406,6 +440,8 @@ class _Training:
             gather=self.accelerator.gather,
             stop=stop,
             reduce=getattr(self.task, "reduce", None),
+            call=self.predict,
+            sorts=getattr(dataset, "group", None),
         )
         if target is None:
             raise DataError(f"The {split} split has no targets: samples must be (input, target).")
@@ -426,8 +462,18 @@ class _Training:
             self.best_state = {key: value.detach().cpu().clone() for key, value in self.adapter_state().items()}
             self.save_adapter()
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the adapters have their averaged values, where the recipe asks for an average."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
+
+    def draw(self, moment: str) -> None:
+        """Let the task draw what the model makes now; see :class:`peft_suite.train.Task`."""
+        if self.main:
+            self.pictures += draw(self.task, self.model, self.out, moment)
+        self.accelerator.wait_for_everyone()
+
     def exhausted(self) -> bool:
-        """Has the primary metric not risen for ``patience`` epochs?"""
+        """Has the primary metric not got better for ``patience`` epochs?"""
         select = self.recipe.select
         scores = {e["epoch"]: _score(e[select], self.task.primary)[0] for e in self.history if e.get(select)}
         if not self.recipe.patience or not scores:
@@ -489,6 +535,8 @@ class _Training:
                     "best": self.best,
                     "best_state": self.best_state,
                     "adapters": self.adapter_state(),
+                    "average": self.average.state() if self.average else {},
+                    "pictures": self.pictures,
                     "plans": self.plans(),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": scaler.state_dict() if scaler is not None else None,
@@ -516,6 +564,9 @@ class _Training:
         self.train_seconds, self.earlier_seconds = state["train_seconds"], state["total_seconds"]
         self.history, self.best, self.best_state = state["history"], state["best"], state["best_state"]
         self.adapter_saved = bool(self.best_state)
+        self.pictures = state.get("pictures", [])
+        if self.average:
+            self.average.load(state["average"])
         if self.rank < len(state["rng"]):
             set_rng_state(state["rng"][self.rank])
         self.saved_at = f"epoch {self.epoch}, step {self.step}"
@@ -528,6 +579,8 @@ class _Training:
 
     def interrupt(self) -> None:
         """Write a checkpoint and leave as Ctrl-C does."""
+        if self.average:
+            self.average.put_back()
         self.write_checkpoint()
         self.display.close()
         self.display.say(f"Interrupted at {self.saved_at}; checkpoint written. Continue with --resume.")
@@ -539,6 +592,8 @@ class _Training:
         """Load the selected state, evaluate it on every split, save the adapter and write the record."""
         if self.best_state:
             self.load_adapters(self.best_state)
+        elif self.average:
+            self.average.adopt()
         self.events.finish()
         final: dict[str, Any] = {"val": None, "test": None, "per_class": None}
         confusion, maps = None, None
@@ -552,6 +607,7 @@ class _Training:
                 outcome = self.task.outcome(*found)
                 examples, maps = (choose_examples(outcome, self.data, split), outcome.maps) if self.main else ([], None)
         self.save_adapter()
+        self.draw("after")
         if self.main:
             write_thumbnails(self.out, self.data, examples, maps)
         record = self.write_record("finished", final=final, confusion=confusion, examples=examples)
@@ -571,7 +627,7 @@ class _Training:
         return self.earlier_seconds + time.perf_counter() - self.started
 
     def write_record(self, status: str, *, error: str | None = None, **parts: Any) -> dict[str, Any]:
-        steps = self.epoch * self.steps + self.step
+        steps = min(self.epoch * self.steps + self.step, self.total)
         adapters: Any = self.model.adapters
         methods = [adapters[name].method.config for name in self.trained] if hasattr(self, "trained") else []
         files = sorted(p for p in (self.out / "adapter").rglob("*.safetensors")) if self.adapter_saved else []
@@ -601,6 +657,7 @@ class _Training:
             "final": {"val": None, "test": None, "per_class": None},
             "confusion": None,
             "examples": [],
+            "pictures": self.pictures,
             "time": {
                 "total_s": round(self.total_seconds(), 3),
                 "train_s": round(self.train_seconds, 3),
@@ -618,6 +675,7 @@ class _Training:
 
 
 def _score(metrics: Mapping[str, float | None], name: str) -> tuple[float, float]:
-    """What selection compares: the primary metric, then the negative loss."""
+    """What selection compares, higher is better: the primary metric, then the negative loss."""
     value, loss = metrics.get(name), metrics.get("loss")
-    return -math.inf if value is None else value, -math.inf if loss is None else -loss
+    sign = -1 if lower_is_better(name) else 1
+    return -math.inf if value is None else sign * value, -math.inf if loss is None else -loss

@@ -15,9 +15,10 @@ from peft_suite.train.contracts import Backbones
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CONFIG", "WEIGHTS", "Opened", "open_adapter"]
+__all__ = ["CONFIG", "MERGED", "WEIGHTS", "Opened", "open_adapter"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MERGED = "peft_suite.json"  # in a merged model's folder that the plugin wrote in a layout of its own
 
 
 @dataclass
@@ -68,8 +69,12 @@ def open_adapter(path: str | Path, *, plugin: Plugin | None = None, checkpoint: 
     import torch
 
     import peft_suite as ps
+    from peft_suite.files import read_config
 
     facts = metadata["backbone"]
+    own = (path / MERGED).is_file()  # the folder itself is the backbone
+    if own:
+        facts = {**facts, "name": str(path), "pretrained": True}
     source = "" if merged else checkpoint or str(facts.get("checkpoint") or "")
     if source and not checkpoint and not Path(source).exists():
         raise FileFormatError(
@@ -82,20 +87,28 @@ def open_adapter(path: str | Path, *, plugin: Plugin | None = None, checkpoint: 
     model = backbones.build(
         str(facts.get("name") or ""),
         int(facts["num_outputs"]),
-        pretrained=bool(facts.get("pretrained")) and not source and not merged,
+        pretrained=bool(facts.get("pretrained")) and not source and (own or not merged),
         checkpoint=source,
         options=facts.get("options") or {},
     )
-    if merged:
+    if merged and not own:
         _fill(model, path)
-    else:
+    elif not merged:
+        if hasattr(backbones, "prepare"):
+            stored = read_config(path)
+            backbones.prepare(model, {"name": stored["method"], **stored["method_config"]})
         ps.load(model, path)
     return Opened(model.eval(), metadata, path, merged)
 
 
 def _metadata(path: Path) -> tuple[Mapping[str, Any], bool]:
     merged = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
-    if merged:
+    if (path / MERGED).is_file():
+        try:
+            metadata, merged = json.loads((path / MERGED).read_text("utf-8")), True
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"{path / MERGED} cannot be read: {error}.") from error
+    elif merged:
         try:
             metadata = json.loads((path / CONFIG).read_text("utf-8")).get("peft_suite")
         except (OSError, ValueError, AttributeError) as error:

@@ -83,14 +83,15 @@ def describe_groups(optimizer: Optimizer) -> str:
 def lr_at(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
     """Learning rate of optimizer step ``step`` (counted from 0).
 
-    With T = epochs * steps_per_epoch, W = min(round(warmup_epochs * steps_per_epoch), T), p = (step - W) / (T - W):
+    With T = max_steps or epochs * steps_per_epoch, W = min(round(warmup_epochs * steps_per_epoch), T),
+    p = (step - W) / (T - W):
 
         step < W:   lr * (step + 1) / W
         cosine:     min_lr + (lr - min_lr) * (1 + cos(pi * p)) / 2
         linear:     min_lr + (lr - min_lr) * (1 - p)
         constant:   lr
     """
-    total = recipe.epochs * steps_per_epoch
+    total = recipe.max_steps or recipe.epochs * steps_per_epoch
     warm = min(round(recipe.warmup_epochs * steps_per_epoch), total)
     if step < warm:
         return recipe.lr * (step + 1) / warm

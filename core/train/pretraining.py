@@ -38,6 +38,9 @@ def pretrain(
     state: Mapping[str, Any] | None,
     every: int = 50,
     shown: float = 1.0,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.95),
+    ema: float = 0.0,
 ) -> None:
     """Train from ``state``, or from the beginning.
 
@@ -46,15 +49,19 @@ def pretrain(
         partial: checkpoint, written every ``every`` steps.
         lr: highest learning rate; see :func:`pace`.
         shown: factor of the losses on the display.
+        ema: the model ends with a running mean of its parameters, whose decay after step s is
+            ``min(ema, (1 + s) / (10 + s))``; 0 means the parameters of the last step.
 
     Raises:
         SystemExit: a signal stopped it, or the loss is not finite; the checkpoint is kept.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=betas)
+    mean = {name: p.detach().clone() for name, p in model.named_parameters()} if ema else {}
     first = 0
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        mean = {name: state["mean"][name] for name in mean}
         first = state["step"]
     stop, done = StopRequest(), first
     losses: list[float] = []
@@ -68,8 +75,9 @@ def pretrain(
                 losses.append(train_step(model, optimizer, given, lr * pace(done, steps)))
                 display.step(done % every + 1, shown * losses[-1])
                 done, seen = done + 1, seen + len(given[0])
+                follow(mean, model, min(ema, (1 + done) / (10 + done)))
                 if done % every == 0 or done == steps or stop.wanted:
-                    keep(partial, model, optimizer, done, steps, seed)
+                    keep(partial, model, optimizer, done, steps, seed, mean)
                     speed = seen / (time.perf_counter() - clock)
                     entry = {"epoch": (done - 1) // every, "train_loss": shown * sum(losses) / len(losses)}
                     display.epoch({**entry, "val": None, "test": None, "samples_per_s": speed})
@@ -78,6 +86,7 @@ def pretrain(
         display.close()
     if done < steps:
         raise SystemExit(f"Stopped after step {done} of {steps}. Go on with --resume.")
+    model.load_state_dict(mean, strict=False)
 
 
 def steps_in(minutes: float, model: nn.Module, batch: Batch, renew: Callable[[], Any]) -> int:
@@ -114,10 +123,27 @@ def pace(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def keep(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, steps: int, seed: int) -> None:
+@torch.no_grad()
+def follow(mean: Mapping[str, Tensor], model: nn.Module, decay: float) -> None:
+    """``mean = decay mean + (1 - decay) p`` for every parameter of ``mean``."""
+    if mean:
+        live = dict(model.named_parameters())
+        torch._foreach_lerp_(list(mean.values()), [live[name].detach() for name in mean], 1 - decay)
+
+
+def keep(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    steps: int,
+    seed: int,
+    mean: Mapping[str, Tensor],
+) -> None:
     """Write what :func:`read_partial` reads."""
     state = {
         "model": model.state_dict(),
+        "mean": dict(mean),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "steps": steps,

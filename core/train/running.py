@@ -18,7 +18,7 @@ from peft_suite.train.notes import heard
 from peft_suite.train.record import RunResult, changed_fields, read_run, run_identity
 from peft_suite.train.state import seed_everything
 
-__all__ = ["data_config", "failed_record", "is_main", "open_plugin", "run", "run_once", "write_page"]
+__all__ = ["data_config", "failed_record", "is_main", "open_plugin", "prepared", "run", "run_once", "write_page"]
 
 
 def run(config: RunConfig, *, resume: bool = False, progress: bool = True) -> RunResult | list[RunResult]:
@@ -78,6 +78,7 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
             checkpoint=backbone.checkpoint,
             options=backbone.options,
         )
+        method = prepared(backbones, model, config.method if isinstance(config.method, str) else dict(config.method))
         preprocessing = backbones.preprocessing(backbone.name, model)
         data = source.load(chosen, preprocessing)
     notes += _left_out(data.info)
@@ -88,7 +89,6 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
             print(note, file=sys.stderr)
     if task_name:
         data.info.setdefault("task", task_name)
-    method = config.method if isinstance(config.method, str) else dict(config.method)
     plan = ps.plan(model, method)
     ps.adapt(model, method)
     metadata = {
@@ -113,6 +113,12 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
         run_info={"plugin": config.plugin, "config": config.to_dict(), "plan": plan.to_dict(), "metadata": metadata},
         progress=progress,
     )
+
+
+def prepared(backbones: Backbones, model: Any, method: Any) -> Any:
+    """``method`` with what the backbone has to say about it; see :class:`peft_suite.train.Backbones`."""
+    prepare = getattr(backbones, "prepare", None)
+    return prepare(model, method) if prepare else method
 
 
 def _left_out(info: Mapping[str, Any]) -> list[str]:
@@ -180,7 +186,7 @@ def _announce(config: RunConfig, results: list[RunResult], page: Path | None, pr
     if page:
         print(f"report   {page}")
     print("next:")
-    print(f"  peft-suite {config.plugin} predict {adapter} FILES")
+    print(f"  peft-suite {config.plugin} {find_plugin(config.plugin).use.format(adapter=adapter)}")
     if results[0].record["method"]["plan"]["mergeable"]:
         print(f"  peft-suite {config.plugin} merge {adapter}")
     else:

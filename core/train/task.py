@@ -33,12 +33,18 @@ class Outcome:
 
 
 class Task(Protocol):
-    """The interface between the loop and a task. ``primary`` names the metric that selects the best epoch.
+    """The interface between the loop and a task. ``primary`` names the metric that selects the best epoch; of a loss,
+    an error or a distance (:func:`peft_suite.tables.lower_is_better`) the lowest is the best.
 
     A task whose outputs are too large to keep for a whole split has ``reduce(output, target) -> (output, target)``,
     called on every batch of an evaluation; :meth:`metrics`, :meth:`per_class`, :meth:`confusion`, :meth:`outcome` and
     :meth:`check` then see what it returned. Training targets of :meth:`check` and :meth:`class_weights` come from
     ``dataset.target(index)``.
+
+    A task may also have ``predict(model, inputs) -> output``, which runs the model in place of
+    :func:`peft_suite.train.evaluation.forward`, and ``illustrate(model, folder) -> [{"title", "file"}]``, which draws
+    PNG files into ``folder`` for the report, before, after and every ``recipe.sample_every`` epochs. Targets may be
+    mappings of tensors; such a task has ``reduce``.
     """
 
     @property
