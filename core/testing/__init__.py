@@ -14,8 +14,8 @@ Without pytest::
 
 Pairs are discovered: every registered method with every registered anatomy that has ``examples``. A method class may
 declare ``examples = ("mymethod", "mymethod(rank=2)")``, shorthands that suit a tiny model. What a method's declared
-capabilities rule out is left out, with the reason. Five essential checks run on every
-pair; all cheap ones where a part, or a kind of edit in a family, is met first; expensive ones (compilers, export, DDP,
+capabilities rule out is left out, with the reason. Five essential checks run on every pair, two of them between kin;
+all cheap ones where a part, or a kind of edit in a family, is met first; expensive ones (compilers, export, DDP,
 FSDP2) where a part or a family is met first. ``PEFT_SUITE_TEST_ALL=1`` runs everything on every pair.
 """
 

@@ -111,15 +111,18 @@ class Case:
         return self.adapt(model, name, seed=seed, fresh=fresh), batch
 
     def copy_adapter(self, source: nn.Module, name: str, model: nn.Module) -> None:
-        """Give ``model`` the values of an adapter, which it has already unless calibration would choose otherwise."""
-        if self.capabilities.needs_calibration:
+        """Give ``model`` the values of an adapter, which it has already unless other places would be chosen on it."""
+        own = adapter(source, name).state_dict()
+        there = name in model.adapters if "adapters" in model._modules else False  # type: ignore[operator]
+        here = adapter(model, name).state_dict() if there else {}
+        if self.capabilities.needs_calibration or any(n in here and here[n].shape != t.shape for n, t in own.items()):
             if "adapters" in model._modules and name in model.adapters:  # type: ignore[operator]
                 ps.remove(model, name)
             with tempfile.TemporaryDirectory() as folder:
                 ps.save(source, folder, name)
                 ps.load(model, folder, trainable=True, check="none")
         else:
-            adapter(model, name).load_state_dict(adapter(source, name).state_dict())
+            adapter(model, name).load_state_dict(own)
 
     def bare(self, attempt: Callable[[nn.Module, Any], Any], once: str = "") -> None:
         """Try something on the plain backbone first: what that cannot do, nobody asks of an adapted one.

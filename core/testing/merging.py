@@ -129,7 +129,8 @@ def check_merge_of_two(case: Case) -> None:
     assert_unchanged(model, before, "merge() refused")
     ps.activate(model, "first", "second")
     wanted, second = outputs(model, batch), adapter(model, "second")
-    both = copy.deepcopy(model) if case.capabilities.needs_calibration else None
+    chosen = case.capabilities.needs_calibration or case.capabilities.trains_base_entries
+    both = copy.deepcopy(model) if chosen else None
     ps.merge(model)
     assert_close(outputs(model, batch), wanted, "two merged adapters")
     assert_differs(outputs(model, batch), single, "merging two and one of them")

@@ -24,7 +24,9 @@ class Check:
         unless: capability -> why the check has no meaning with it.
         not_kinds: kind of edit -> why the check has no meaning with it.
         expensive: seconds rather than milliseconds; runs once per kind of part and once per family.
-        essential: runs on every pair.
+        essential: runs on every pair, but see ``place``.
+        place: essential wherever a part is attached. The other essential checks are about the part: between kin they
+            run where it is met first.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Check:
     not_kinds: Mapping[str, str]
     expensive: bool = False
     essential: bool = False
+    place: bool = False
 
     @property
     def summary(self) -> str:
@@ -69,12 +72,14 @@ def check(
     not_kinds: Mapping[str, str] | None = None,
     expensive: bool = False,
     essential: bool = False,
+    place: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function ``check_xxx(case)`` as the check ``xxx``."""
 
     def register(function: Function) -> Function:
         name = function.__name__.removeprefix("check_")
-        _table[name] = Check(name, function, needs or {}, unless or {}, not_kinds or {}, expensive, essential)
+        kinds = needs or {}, unless or {}, not_kinds or {}
+        _table[name] = Check(name, function, *kinds, expensive, essential or place, place)
         return function
 
     return register

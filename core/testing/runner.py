@@ -84,8 +84,9 @@ def pairs(chosen: Sequence[Case], every: bool, cheap: bool = False) -> Iterator[
     """(case, check, reason): check None with a reason is a pair that the backbone cannot carry.
 
     A pair gets every check that is not expensive if it is the first with some part, or the first with some kind of
-    edit in its family or its kin, or ``cheap``; the others get the essential ones. Expensive checks go to the first
-    pair with some part and to the first pair of every family, counted with its kin.
+    edit in its family or its kin, or ``cheap``; the others get the essential ones, or, where a family has kin that
+    passed them with the same parts, those of the place alone: do the edits fire, and does nothing else move? Expensive
+    checks go to the first pair with some part and to the first pair of every family, counted with its kin.
     """
     covered: set[object] = set()
     kin = {a.family: a.kin for f in plugins() if f.plugin for a in f.plugin.anatomies}
@@ -99,9 +100,10 @@ def pairs(chosen: Sequence[Case], every: bool, cheap: bool = False) -> Iterator[
         parts, edits = set(kinds), {(family, kind) for kind, _ in kinds}
         costly = every or family not in covered or not parts <= covered
         whole = costly or cheap or not edits <= covered
-        covered |= {family, *parts, *edits}
+        known = not whole and family != case.family and {(family, *part) for part in parts} <= covered
+        covered |= {family, *parts, *edits, *((family, *part) for part in parts)}
         for item in all_checks():
-            if costly if item.expensive else whole or item.essential:
+            if costly if item.expensive else whole or item.place or (item.essential and not known):
                 yield case, item, ""
 
 

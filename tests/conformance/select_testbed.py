@@ -40,6 +40,7 @@ class Largest(Method[LargestConfig]):
                 and known
                 and not is_parametrized(module)
                 and not path.startswith("adapters")
+                and not {f"{path}.weight"} & {*anatomy.idle, *anatomy.tied}
                 and not own & set(anatomy.fresh)
             ):
                 bias = getattr(module, "bias", None)
@@ -47,7 +48,7 @@ class Largest(Method[LargestConfig]):
                 edit.select(Weight(path), "select", self._largest(module.weight), chosen)
 
     def _largest(self, tensor: Tensor) -> Tensor:
-        count = max(2, round(self.config.share * tensor.numel()))
+        count = min(tensor.numel(), max(2, round(self.config.share * tensor.numel())))
         with torch.device("cpu"):
             return tensor.detach().cpu().float().abs().flatten().topk(count).indices.sort().values
 
