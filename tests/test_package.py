@@ -17,6 +17,7 @@ HOMES = {
     "plugins/vision": "peft_suite/vision",
     "plugins/pointcloud": "peft_suite/pointcloud",
     "plugins/audio": "peft_suite/audio",
+    "plugins/diffusion": "peft_suite/diffusion",
 }
 
 

@@ -1,0 +1,1 @@
+"""Descriptions of diffusers models and their text encoders."""
