@@ -62,6 +62,7 @@ def run_page(run_dir: Path) -> Path:
         write_bytes(run.path / "curves.png", curves)
     classes = [str(c) for c in section(data, "data").get("classes") or ()]
     matrix = _matrix(data.get("confusion"))
+    per_class = _per_class(section(data, "final").get("per_class"), classes, matrix)
     right, wrong = _examples(run)
     html = render(
         "run.html",
@@ -79,7 +80,9 @@ def run_page(run_dir: Path) -> Path:
         pictures=_pictures(run),
         confusion=data_uri(plots.confusion(matrix, classes)) if matrix else "",
         confused=_confused(matrix, classes),
-        per_class=_per_class(section(data, "final").get("per_class"), classes, matrix),
+        per_class=per_class[::-1] if lower_is_better(name) else per_class,
+        metric=name,
+        full=max((score for _, score, _ in per_class), default=1.0) if lower_is_better(name) else 1.0,
         right=right,
         wrong=wrong,
         costs=facts({**section(data, "time"), **section(data, "memory")}),
@@ -315,7 +318,7 @@ def _confused(matrix: Sequence[Sequence[float]], classes: Sequence[str]) -> list
 def _per_class(
     values: Any, classes: Sequence[str], matrix: Sequence[Sequence[float]]
 ) -> list[tuple[str, float, int | None]]:
-    """(class, score, samples or None), the weakest first."""
+    """(class, score, samples or None), the lowest score first."""
     pairs: list[tuple[str, Any]]
     if isinstance(values, Mapping):
         pairs = [(str(k), v) for k, v in values.items()]
