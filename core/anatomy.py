@@ -161,7 +161,8 @@ class Anatomy:
         if not found:
             roles = dict.fromkeys(known for block in blocks for known in block.weights)
             raise UnsupportedError(
-                f"{method} targets {role!r}, and no block of {self.family} has such a matrix ({closest(role, roles)})"
+                f"{method} targets {role!r}, and no block of {self.family}, from {blocks[0].point.path} on, has such a "
+                f"matrix ({closest(role, roles)})"
             )
         return found
 

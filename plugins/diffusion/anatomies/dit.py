@@ -62,5 +62,7 @@ def example() -> tuple[nn.Module, dict[str, Tensor]]:
         sample_size=4,
         num_embeds_ada_norm=2,
     )
+    for block in model.transformer_blocks:  # fresh gates hardly let a sub-layer through
+        nn.init.normal_(block.norm1.linear.bias)
     batch = {"hidden_states": torch.randn(3, 2, 4, 4), "timestep": torch.tensor([3, 300, 700])}
     return settle(model), {**batch, "class_labels": torch.arange(3)}  # the last one is no class
