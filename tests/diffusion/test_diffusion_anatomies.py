@@ -346,8 +346,12 @@ def test_methods_take_the_blocks_that_have_the_place() -> None:
     ("name", "method", "message"),
     [
         ("unet", "linear", "linear trains the head, and this diffusers-unet model has none"),
-        ("unet", "lora(targets=[add_q])", "no block of diffusers-unet has such a matrix"),
-        ("pixels", "ia3", r"ia3 targets 'fc2', and no block of diffusers-unet2d has such a matrix.*conv2"),
+        ("unet", "lora(targets=[add_q])", r"no block of diffusers-unet, from down_blocks\.0\.resnets\.0 on, has such"),
+        (
+            "pixels",
+            "ia3",
+            r"ia3 targets 'fc2', and no block of diffusers-unet2d, from down_blo.* has such a matrix.*conv2",
+        ),
         ("pixels", "adaptformer", "does not give access to the residual stream"),
         ("unet", "vpt", "cannot add tokens to diffusers-unet: it has no token sequence"),
         ("unet", "convpass", "convolves the token grid"),
