@@ -146,14 +146,6 @@ class Anatomy:
             raise UnsupportedError(f"{method} works on residual blocks, and {self.family} describes none.")
         return self.blocks
 
-    def with_point(self, role: str, method: str) -> tuple[Block, ...]:
-        """The blocks that have a point of ``role``, or UnsupportedError in one sentence where none has."""
-        blocks = self.need_blocks(method)
-        found = tuple(block for block in blocks if role in block.points)
-        if not found:
-            self.need_point(blocks[0], role, method)
-        return found
-
     def with_weight(self, role: str, method: str) -> tuple[Block, ...]:
         """The blocks that have a matrix of ``role``, or UnsupportedError in one sentence where none has."""
         blocks = self.need_blocks(method)

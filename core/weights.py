@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import socket
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_suite.errors import FileFormatError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-__all__ = ["mismatch", "no_waiting_for_the_hub", "read_weights"]
+__all__ = ["Shipped", "mismatch", "no_waiting_for_the_hub", "read_weights"]
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Weights of the embedded backbone ``name``, in the safetensors file ``assets/<file>`` inside ``package``."""
+
+    package: str
+    file: str
+    name: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, in float32 where they are no counters."""
+        from safetensors.torch import load
+
+        found = load(self._bytes())
+        return {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """How they were made: data, seed, steps, results, licence."""
+        raw = self._bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        return dict(header.get("__metadata__", {}))
+
+    def fill(
+        self, model: nn.Module, options: Mapping[str, Any], belongs: Callable[[str], bool] = lambda key: True
+    ) -> None:
+        """Give ``model`` the tensors whose keys ``belongs`` says were pre-trained; ``options`` are told in the error.
+
+        Raises:
+            FileFormatError: keys or shapes differ, for example because an option changed them.
+        """
+        shipped, own = (
+            {key: value for key, value in state.items() if belongs(key)}
+            for state in (self.tensors(), model.state_dict())
+        )
+        wrong = sorted(
+            k for k in {*shipped, *own} if k not in shipped or k not in own or shipped[k].shape != own[k].shape
+        )
+        if wrong:
+            raise FileFormatError(
+                f"The weights of {self.name} do not fit the options {options}: {', '.join(wrong[:6])}. "
+                "Leave these options out, or build with pretrained=False."
+            )
+        model.load_state_dict(shipped, strict=False)
+
+    def _bytes(self) -> bytes:
+        return resources.files(self.package).joinpath("assets", self.file).read_bytes()
 
 
 def read_weights(path: str, wrappers: Sequence[str]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ A run of a rate lies in ``OUT/METHOD/lr-RATE/seed-K``, so a choice that was stop
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -18,10 +19,35 @@ from peft_suite.tables import lower_is_better
 from peft_suite.train.config import RunConfig
 from peft_suite.train.grid import Job, run_jobs
 from peft_suite.train.record import read_run
+from peft_suite.train.suites import merged
 
-__all__ = ["choose", "scores"]
+__all__ = ["choose", "choose_demo", "scores"]
 
 Fields = Callable[[str, float], Mapping[str, Any]]
+DEMO_SEEDS = (100, 101)  # demos do not use them
+DEMO_RATES, DEMO_FULL = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2)
+
+
+def choose_demo(text: str | None, demo: Any, shared: Mapping[str, Any], out: str) -> None:
+    """What a script that chooses a demo's learning rates does: read the command line, run what is missing, choose.
+
+    Args:
+        text: the script's own, for ``--help``.
+        demo: a module with ``METHODS`` and ``RECIPES``.
+        shared: fields of :class:`RunConfig` that all runs have, data among them.
+        out: folder by default.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(demo.METHODS), help="separated by commas; all by default")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    args = parser.parse_args()
+
+    def fields(name: str, rate: float) -> dict[str, Any]:
+        recipe = {**demo.RECIPES[name], "lr": rate}
+        return merged(shared, {"method": demo.METHODS[name], "device": "cpu"}, {"recipe": recipe})
+
+    names = [n.strip() for n in args.methods.split(",") if n.strip()]
+    choose(fields, {n: DEMO_FULL if n == "full" else DEMO_RATES for n in names}, DEMO_SEEDS, args.out)
 
 
 def choose(fields: Fields, rates: Mapping[str, Sequence[float]], seeds: Sequence[int], out: Path) -> dict[str, float]:

@@ -30,6 +30,7 @@ from peft_suite.diffusion import sampling
 from peft_suite.diffusion.backbones import backbones
 from peft_suite.diffusion.judge import Judge, accuracy, load_judge
 from peft_suite.diffusion.metrics import frechet, memorisation
+from peft_suite.diffusion.pretrain_micro import Denoise
 from peft_suite.storage import atomic, write_json
 from peft_suite.train.config import RunConfig
 from peft_suite.train.grid import Job, job_folder, run_jobs
@@ -40,7 +41,7 @@ from peft_suite.train.suites import merged
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 from choose import choose, scores
-from pretrain_cifar import KNOWN, Noising, held_out_loss
+from pretrain_cifar import KNOWN, held_out_loss
 
 NEW, LABEL = "horse", 7  # its place among the ten names
 AMOUNTS = (50, 500)
@@ -221,8 +222,8 @@ class Jury:
             "accuracy": accuracy(self.judge, new, torch.full((len(new),), LABEL)),
             "old_distance": frechet(self.old_features, self.features(old)),
             "old_accuracy": accuracy(self.judge, old, asked),
-            "loss": held_out_loss(Noising(model), self.new, torch.full((len(self.new),), LABEL), self.signal),
-            "old_loss": held_out_loss(Noising(model), self.old, self.old_labels, self.signal),
+            "loss": held_out_loss(Denoise(model), self.new, torch.full((len(self.new),), LABEL), self.signal),
+            "old_loss": held_out_loss(Denoise(model), self.old, self.old_labels, self.signal),
         }
         if known is not None:
             pixels = [

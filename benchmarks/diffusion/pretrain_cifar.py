@@ -24,9 +24,9 @@ from PIL import Image
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from peft_suite.diffusion.judge import accuracy, fit, load_judge, save_judge
+from peft_suite.diffusion.pretrain_micro import Denoise
 from peft_suite.storage import atomic, write_json
 from peft_suite.train import pretraining
 
@@ -52,18 +52,6 @@ SCHEDULER: dict[str, Any] = {
 BATCH, DROPPED, EMA = 64, 0.1, 0.999
 
 
-class Noising(nn.Module):
-    """The loss of a batch."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, noisy: Tensor, when: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise ``[B, 3, 16, 16]``."""
-        return functional.mse_loss(self.unet(noisy, when, class_labels=labels).sample, noise)
-
-
 def main() -> None:
     """Halve the images, train the judge and the UNet, measure, write."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -84,7 +72,7 @@ def main() -> None:
     scheduler = DDPMScheduler(**SCHEDULER)
     known = data["train_labels"] < KNOWN
     batch = batches(data["train"][known], data["train_labels"][known], scheduler.alphas_cumprod, args.seed)
-    partial, model = args.out / "pretrain.partial.pt", Noising(unet)
+    partial, model = args.out / "pretrain.partial.pt", Denoise(unet)
     state = pretraining.read_partial(partial, args.seed)
     steps, begun = state["steps"] if state else args.steps, time.perf_counter()
     options: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.999), "ema": EMA}

@@ -204,7 +204,7 @@ def _method(entry: str, recipe: NamedRecipe, config: RunConfig, changed: str) ->
     return {
         "label": entry,
         "recipe": recipe.name,
-        "method": config.method if isinstance(config.method, str) else dict(config.method),
+        "method": config.spec,
         "backbone": config.backbone.name,
         "select": config.recipe.select,
         "published": dict(recipe.published),

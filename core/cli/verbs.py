@@ -369,11 +369,7 @@ def _make_plan(plugin: Plugin, config: RunConfig, classes: int | None) -> Any:
     model = backbones.build(one.name, classes or 100, pretrained=False, checkpoint="", options=one.options)
     from peft_suite.train.running import prepared
 
-    return ps.plan(model, prepared(backbones, model, _spec(config)))
-
-
-def _spec(config: RunConfig) -> str | dict[str, Any]:
-    return config.method if isinstance(config.method, str) else dict(config.method)
+    return ps.plan(model, prepared(backbones, model, config.spec))
 
 
 def _show_plan(plan: Mapping[str, Any]) -> None:

@@ -109,3 +109,8 @@ class RunConfig(Config):
     resample: bool = False
     out: str = "runs/latest"
     device: str = "auto"
+
+    @property
+    def spec(self) -> str | dict[str, Any]:
+        """``method`` as ``adapt`` and ``plan`` take it."""
+        return self.method if isinstance(self.method, str) else dict(self.method)

@@ -78,7 +78,7 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
             checkpoint=backbone.checkpoint,
             options=backbone.options,
         )
-        method = prepared(backbones, model, config.method if isinstance(config.method, str) else dict(config.method))
+        method = prepared(backbones, model, config.spec)
         preprocessing = backbones.preprocessing(backbone.name, model)
         data = source.load(chosen, preprocessing)
     notes += _left_out(data.info)

@@ -210,8 +210,8 @@ class FineTuning:
             one.name, len(classes), pretrained=one.pretrained, checkpoint=one.checkpoint, options=one.options
         )
         facts = backbones.preprocessing(one.name, self.model)
-        self.groups: tuple[Group, ...] = live_groups(self.model, _spec(base), groups_of(self.model, third=not thirteen))
-        self.rows = [row.point for row in ps.plan(self.model, _spec(base)).rows]
+        self.groups: tuple[Group, ...] = live_groups(self.model, base.spec, groups_of(self.model, third=not thirteen))
+        self.rows = [row.point for row in ps.plan(self.model, base.spec).rows]
         self.data = source.load(chosen, facts)
         if not isinstance(self.data.train, Draws) or not isinstance(self.data.task, Denoising):
             raise ConfigError("MemControl searches on plain images: leave class_prompt and placeholder out.")
@@ -236,7 +236,7 @@ class FineTuning:
         """What must stay the same within a search."""
         recipe = {k: v for k, v in self.base.recipe.to_dict().items() if k != "lr"}
         return {
-            "method": self.base.method if isinstance(self.base.method, str) else dict(self.base.method),
+            "method": self.base.spec,
             "containing": self.containing,
             "backbone": self.base.backbone.to_dict(),
             "data": dict(self.base.data),
@@ -269,7 +269,7 @@ class FineTuning:
 
     def spec_of(self, trial: Trial) -> dict[str, Any]:
         """The masked method, for training on all the data."""
-        return masked(_spec(self.base), trial.off, self.containing)
+        return masked(self.base.spec, trial.off, self.containing)
 
     def _train(self, trial: Trial, out: Path) -> int:
         spec = self.spec_of(trial)
@@ -299,10 +299,6 @@ class FineTuning:
         )
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
         return int(ps.summary(self.model).trainable)
-
-
-def _spec(base: RunConfig) -> Any:
-    return base.method if isinstance(base.method, str) else dict(base.method)
 
 
 def _pictures(dataset: Draws, rows: Sequence[int]) -> Tensor:

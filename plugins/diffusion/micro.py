@@ -5,21 +5,31 @@ Its weights are inside the package.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from importlib import resources
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peft_suite.errors import FileFormatError
+from peft_suite.weights import Shipped
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-__all__ = ["ARCHITECTURE", "ASSET", "NAME", "NULL", "SCHEDULER", "build", "load_weights", "preprocessing"]
+__all__ = [
+    "ARCHITECTURE",
+    "ASSET",
+    "NAME",
+    "NULL",
+    "SCHEDULER",
+    "build",
+    "load_weights",
+    "preprocessing",
+    "read_metadata",
+]
 
 NAME = "micro-unet"
 ASSET = "micro_unet.safetensors"
+SHIPPED = Shipped("peft_suite.diffusion", ASSET, NAME)
+load_weights, read_metadata = SHIPPED.tensors, SHIPPED.metadata
 CLASSES = 10
 NULL = 10  # row of the class embedding that stands for no class
 ARCHITECTURE: Mapping[str, Any] = MappingProxyType(
@@ -62,16 +72,7 @@ def build(*, pretrained: bool = True, **options: Any) -> nn.Module:
     make: Any = diffusers.UNet2DModel
     model: Any = make(**{**ARCHITECTURE, **options})
     if pretrained:
-        shipped, own = load_weights(), model.state_dict()
-        wrong = sorted(
-            k for k in {*shipped, *own} if k not in shipped or k not in own or shipped[k].shape != own[k].shape
-        )
-        if wrong:
-            raise FileFormatError(
-                f"The weights of {NAME} do not fit the options {options}: {', '.join(wrong[:6])}. "
-                "Leave these options out, or build with pretrained=False."
-            )
-        model.load_state_dict(dict(shipped))
+        SHIPPED.fill(model, options)
     model.eval()
     built: nn.Module = model
     return built
@@ -89,21 +90,3 @@ def preprocessing() -> dict[str, Any]:
         "null": NULL,
         "scheduler": dict(SCHEDULER),
     }
-
-
-def load_weights() -> Mapping[str, Tensor]:
-    """The shipped tensors, in float32."""
-    from safetensors.torch import load
-
-    return {key: value.float() for key, value in load(_asset().read_bytes()).items()}
-
-
-def read_metadata() -> dict[str, str]:
-    """How the shipped weights were made: data, seed, steps, losses, licence."""
-    raw = _asset().read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return dict(header.get("__metadata__", {}))
-
-
-def _asset() -> Any:
-    return resources.files("peft_suite.diffusion").joinpath("assets", ASSET)

@@ -41,7 +41,7 @@ class Denoise(nn.Module):
         self.unet = unet
 
     def forward(self, noisy: Tensor, timestep: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise ``[B, 1, 8, 8]``."""
+        """Mean squared error of the predicted noise, of the shape of ``noisy`` ``[B, C, H, W]``."""
         return functional.mse_loss(self.unet(noisy, timestep, class_labels=labels).sample, noise)
 
 

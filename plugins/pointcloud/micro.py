@@ -3,16 +3,11 @@ package."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from peft_suite.errors import FileFormatError
+from peft_suite.weights import Shipped
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from peft_suite.pointcloud.models.tokenizer import MiniPointNet
     from peft_suite.pointcloud.models.transformer import PointTransformer
 
@@ -20,6 +15,8 @@ __all__ = ["ARCHITECTURE", "ASSET", "NAME", "POINTS", "build", "is_body", "load_
 
 NAME = "micro-points"
 ASSET = "micro_points.safetensors"
+SHIPPED = Shipped("peft_suite.pointcloud", ASSET, NAME)
+load_weights, read_metadata = SHIPPED.tensors, SHIPPED.metadata
 POINTS = 512
 ARCHITECTURE: dict[str, Any] = {
     "embed_dim": 72,
@@ -51,17 +48,7 @@ def build(num_outputs: int = 10, *, pretrained: bool = True, **options: Any) -> 
     model = PointTransformer(num_outputs, **sizes)
     model.encoder = narrow_tokenizer(sizes.get("encoder_dim") or sizes["embed_dim"], sizes.get("channels", 3))
     if pretrained:
-        shipped = load_weights()
-        own = {key: value for key, value in model.state_dict().items() if is_body(key)}
-        wrong = sorted(
-            k for k in {*shipped, *own} if k not in shipped or k not in own or shipped[k].shape != own[k].shape
-        )
-        if wrong:
-            raise FileFormatError(
-                f"The weights of {NAME} do not fit the options {options}: {', '.join(wrong[:6])}. "
-                "Leave these options out, or build with pretrained=False."
-            )
-        model.load_state_dict(dict(shipped), strict=False)
+        SHIPPED.fill(model, options, is_body)
     return model
 
 
@@ -80,22 +67,3 @@ def narrow_tokenizer(dim: int, channels: int) -> MiniPointNet:
 def is_body(key: str) -> bool:
     """Whether a key of the state dict belongs to what was pre-trained."""
     return not key.startswith(_FRESH)
-
-
-def load_weights() -> Mapping[str, Tensor]:
-    """The shipped tensors, in float32 where they are no counters."""
-    from safetensors.torch import load
-
-    tensors = load(_asset().read_bytes())
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
-
-
-def read_metadata() -> dict[str, str]:
-    """How the shipped weights were made: data, seed, steps, probes, licence."""
-    raw = _asset().read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return dict(header.get("__metadata__", {}))
-
-
-def _asset() -> Any:
-    return resources.files("peft_suite.pointcloud").joinpath("assets", ASSET)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import resources
 from typing import TYPE_CHECKING, Any, cast
 
-from peft_suite.errors import FileFormatError
+from peft_suite.weights import Shipped
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
-    from torch import Tensor
 
 __all__ = ["ARCHITECTURE", "ASSET", "NAME", "PRETRAINED_CFG", "build", "load_weights", "read_metadata"]
 
 NAME = "micro-vit"
 ASSET = "micro_vit.safetensors"
+SHIPPED = Shipped("peft_suite.vision", ASSET, NAME)
+load_weights, read_metadata = SHIPPED.tensors, SHIPPED.metadata
 ARCHITECTURE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
 PRETRAINED_CFG: dict[str, Any] = {
     "architecture": NAME,
@@ -48,33 +47,5 @@ def build(num_outputs: int = 10, *, pretrained: bool = True, **options: Any) -> 
     model: Any = VisionTransformer(**{**ARCHITECTURE, **options}, num_classes=num_outputs)
     model.pretrained_cfg = model.default_cfg = dict(PRETRAINED_CFG)
     if pretrained:
-        body = {key: value for key, value in load_weights().items() if not key.startswith("head.")}
-        own = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
-        wrong = sorted(k for k in {*body, *own} if k not in body or k not in own or body[k].shape != own[k].shape)
-        if wrong:
-            raise FileFormatError(
-                f"The weights of {NAME} do not fit the options {options}: {', '.join(wrong[:6])}. "
-                "Leave these options out, or build with pretrained=False."
-            )
-        model.load_state_dict(body, strict=False)
+        SHIPPED.fill(model, options, lambda key: not key.startswith("head."))
     return cast("VisionTransformer", model)
-
-
-def load_weights() -> Mapping[str, Tensor]:
-    """The shipped tensors in fp32, the head of the pre-training task included."""
-    from safetensors.torch import load
-
-    return {key: value.float() for key, value in load(_asset().read_bytes()).items()}
-
-
-def read_metadata() -> dict[str, str]:
-    """How the shipped weights were made: data, seed, accuracy, licence."""
-    import json
-
-    raw = _asset().read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return dict(header.get("__metadata__", {}))
-
-
-def _asset() -> Any:
-    return resources.files("peft_suite.vision").joinpath("assets", ASSET)
