@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_suite.edits import Part
 from peft_suite.errors import FileFormatError, KernelArgumentError, UnsupportedError
+from peft_suite.kernels import recompute
 from peft_suite.kernels.api.sparse import check_index, sddmm, sparse_delta, sparse_delta_conv, sparse_delta_linear
 
 __all__ = ["Select"]
@@ -25,7 +26,8 @@ class Select(Part):
     buffer ``<name>_index`` (E,), sorted, int32 where the tensor has fewer than 2³¹ elements: 8 bytes an entry in the
     file. Entries that were not chosen keep their bits: no gradient, no moment, no weight decay reaches them. Linear and
     convolution layers build W + ΔW for the length of one product and again in backward; nothing dense is kept. Linear
-    layers whose chosen entries lie in at most half of the columns keep those columns of the input only (not compiled).
+    layers whose chosen entries lie in at most half of the columns keep those columns of the input only (not compiled);
+    an input that comes back from what the operation before keeps is not kept (:mod:`peft_suite.kernels.recompute`).
     """
 
     foldable = True
@@ -114,7 +116,7 @@ class Select(Part):
             bias = bias.to(x.dtype)
         if self.layer is sparse_delta_linear and torch.is_grad_enabled() and values.requires_grad:
             columns, narrow = self._narrowed(index, weight.shape[1])
-            if columns is not None and narrow is not None:
+            if columns is not None and narrow is not None and recompute.keep(x)[0].make is None:
                 y = self.layer(x, weight, values.detach(), index, bias)
                 return cast(Tensor, _ValueGradient.apply(y, values, x.detach().index_select(-1, columns), narrow))  # type: ignore[no-untyped-call]
         return self.layer(x, weight, values, index, bias)

@@ -17,6 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_suite.kernels.recompute import watching
+
 
 class CountOps(TorchDispatchMode):
     """Counts dispatched aten operations; views that cost nothing are counted too, as they cost dispatch."""
@@ -57,13 +59,12 @@ def saving(model: nn.Module) -> Iterator[dict[int, Tensor]]:
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, Tensor] = {}  # alive until the end: an address must not be reused
 
-    def pack(t: Tensor) -> Tensor:
+    def note(t: Tensor) -> None:
         address = t.untyped_storage().data_ptr()
         if address not in parameters:
             saved.setdefault(address, t)
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with watching(note):
         yield saved
 
 

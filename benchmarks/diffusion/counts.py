@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_suite.kernels.recompute import watching
+
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
     """(loss, bytes of distinct storages that autograd keeps after ``forward``), parameters and buffers apart."""
     own = {address(t) for t in (*model.parameters(), *model.buffers())}
     found: dict[int, Tensor] = {}  # alive until the end: an address must not be reused
 
-    def pack(t: Tensor) -> Tensor:
+    def note(t: Tensor) -> None:
         if address(t) not in own:
             found.setdefault(address(t), t)
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with watching(note):
         loss = forward()
     return loss, sum(t.untyped_storage().nbytes() for t in found.values())
 

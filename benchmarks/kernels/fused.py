@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_suite.kernels.recompute import watching
+
 sys.path.insert(0, str(Path(__file__).parent))
 import table
 
@@ -73,11 +75,10 @@ def bytes_kept(forward: Forward, inputs: Sequence[Any]) -> int:
     """Storage that autograd saves, the parameters left out, shared storage once."""
     kept: dict[int, int] = {}
 
-    def pack(t: Tensor) -> Tensor:
+    def note(t: Tensor) -> None:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with watching(note):
         forward(*inputs)
     for leaf in inputs[1:]:
         if isinstance(leaf, Tensor):

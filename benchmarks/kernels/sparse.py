@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from peft_suite.kernels.recompute import watching
+
 sys.path.insert(0, str(Path(__file__).parent))
 import table
 
@@ -119,13 +121,12 @@ def saved_bytes(forward: Callable[[], tuple[Tensor, Sequence[Tensor]]], given: s
     """Bytes of storages that autograd keeps, without those in ``given``."""
     kept: dict[int, int] = {}
 
-    def pack(t: Tensor) -> Tensor:
+    def note(t: Tensor) -> None:
         storage = t.untyped_storage()
         if storage.data_ptr() not in given:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with watching(note):
         output = forward()
     del output
     return sum(kept.values())
@@ -186,11 +187,7 @@ def resident(forms: dict[str, Callable[[], tuple[Tensor, Sequence[Tensor]]]]) ->
     """Storages of the frozen weight, values and index: they are there whether a step runs or not."""
     found: set[int] = set()
 
-    def pack(t: Tensor) -> Tensor:
-        found.add(t.untyped_storage().data_ptr())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with watching(lambda t: found.add(t.untyped_storage().data_ptr())):
         _, wanted = forms["frozen layer"]()
         forms["sparse delta"]()
     return found - {wanted[0].untyped_storage().data_ptr()}

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from peft_suite.errors import ConfigError, FileFormatError
+from peft_suite.kernels.recompute import watching
 from peft_suite.storage import write_json
 from peft_suite.train.contracts import DataSplits
 from peft_suite.train.task import Outcome
@@ -196,12 +197,11 @@ class PeakMemory:
             return
         self._counted = True
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def note(tensor: torch.Tensor) -> None:
             storage = tensor.untyped_storage()
             self._saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with watching(note):
             yield
 
     def mib(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> float:

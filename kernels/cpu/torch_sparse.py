@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -30,7 +31,7 @@ __all__ = [
     "sparse_linear_input",
 ]
 
-PIECE_BYTES = 30 << 20  # above 32 MiB the C library maps fresh pages each time, dearer than the copy: pieces on CPU
+PIECE_BYTES = 8 << 20  # of the changed weight on CPU at a time: large blocks leave holes in the heap
 SAMPLE_ELEMENTS = 1 << 20  # operand elements of one sampled product
 SAMPLE_DENSITY = 0.1  # above this share of entries the dense product is faster on CPU (benchmarks/kernels/sparse.py)
 MOST_GROUPS = 8  # of a convolution that is sampled group by group
@@ -41,18 +42,41 @@ MOST_GROUPS = 8  # of a convolution that is sampled group by group
 
 def effective(weight: Tensor, values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """W + ΔW in ``dtype``, fresh: one copy of W and a rewrite of the chosen entries, each rounded once."""
-    weight = weight.contiguous()
-    dense = weight.to(dtype, copy=True)
+    return _rewrite(weight.to(dtype, copy=True, memory_format=torch.contiguous_format), weight, values, index)
+
+
+def _transient(weight: Tensor, values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`effective` for one product: on CPU in the thread's buffer, which the next call overwrites."""
+    if weight.device.type != "cpu":
+        return effective(weight, values, index, dtype)
+    return _rewrite(_buffer(weight.numel(), dtype).view(weight.shape).copy_(weight), weight, values, index)
+
+
+def _rewrite(dense: Tensor, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
     if index.numel():
         at = index.long()
+        exact = dense if torch.promote_types(weight.dtype, dense.dtype) == dense.dtype else weight.contiguous()
         wide = torch.promote_types(weight.dtype, values.dtype)
-        changed = weight.view(-1).index_select(0, at).to(wide) + values.to(wide)
-        dense.view(-1).scatter_(0, at, changed.to(dtype))
+        changed = exact.view(-1).index_select(0, at).to(wide) + values.to(wide)
+        dense.view(-1).scatter_(0, at, changed.to(dense.dtype))
     return dense
 
 
+_thread = threading.local()
+
+
+def _buffer(numel: int, dtype: torch.dtype) -> Tensor:
+    """(numel,) of the thread's memory for one piece: no fresh pages, no holes in the heap between what stays."""
+    size = numel * dtype.itemsize
+    buffer: Tensor | None = getattr(_thread, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside
+            _thread.buffer = buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer[:size].view(dtype)
+
+
 def _pieces(weight: Tensor, dtype: torch.dtype, dim: int) -> list[tuple[int, int]]:
-    size = weight.numel() * torch.empty((), dtype=dtype).element_size()
+    size = weight.numel() * dtype.itemsize
     length = weight.shape[dim]
     if weight.device.type != "cpu" or size <= PIECE_BYTES:
         return [(0, length)]
@@ -64,13 +88,13 @@ def _row_pieces(weight: Tensor, values: Tensor, index: Tensor, dtype: torch.dtyp
     """(start, stop, rows start:stop of the effective weight): ``index`` is sorted, so each piece owns a slice of it."""
     pieces = _pieces(weight, dtype, 0)
     if len(pieces) == 1:
-        yield *pieces[0], effective(weight, values, index, dtype)
+        yield *pieces[0], _transient(weight, values, index, dtype)
         return
     row = weight[0].numel()
     bounds = torch.tensor([p[0] * row for p in pieces] + [weight.numel()], device=index.device, dtype=index.dtype)
     cuts = torch.searchsorted(index, bounds).tolist()
     for (start, stop), low, high in zip(pieces, cuts, cuts[1:]):
-        yield start, stop, effective(weight[start:stop], values[low:high], index[low:high] - start * row, dtype)
+        yield start, stop, _transient(weight[start:stop], values[low:high], index[low:high] - start * row, dtype)
 
 
 def _column_pieces(
@@ -79,7 +103,7 @@ def _column_pieces(
     """(start, stop, columns start:stop of the effective weight), columns being the second dimension."""
     pieces = _pieces(weight, dtype, 1)
     if len(pieces) == 1:
-        yield *pieces[0], effective(weight, values, index, dtype)
+        yield *pieces[0], _transient(weight, values, index, dtype)
         return
     inner = weight[0, 0].numel()
     width = weight.shape[1] * inner
@@ -87,7 +111,7 @@ def _column_pieces(
     for start, stop in pieces:
         inside = torch.nonzero((column >= start * inner) & (column < stop * inner)).squeeze(1)
         at = row[inside] * ((stop - start) * inner) + column[inside] - start * inner
-        yield start, stop, effective(weight[:, start:stop], values[inside], at, dtype)
+        yield start, stop, _transient(weight[:, start:stop], values[inside], at, dtype)
 
 
 # linear --------------------------------------------------------------------------------------------------------------
@@ -188,7 +212,7 @@ def sparse_conv(
     bias = None if bias is None else bias.to(x.dtype)
     zeros = [0] * len(stride)
     if groups > 1 or len(_pieces(weight, x.dtype, 0)) == 1:
-        dense = effective(weight, values, index, x.dtype)
+        dense = (effective if groups > 1 else _transient)(weight, values, index, x.dtype)
         return torch.convolution(x, dense, bias, stride, padding, dilation, False, zeros, groups).contiguous()
     parts = [
         torch.convolution(
@@ -233,7 +257,8 @@ def sparse_conv_input(
         return _convolution_backward(g, x, dense, stride, padding, dilation, groups, [True, False, False])[0]
 
     if groups > 1 or len(_pieces(weight, g.dtype, 1)) == 1:
-        return gradient(effective(weight, values, index, g.dtype), size[1]).contiguous()
+        dense = (effective if groups > 1 else _transient)(weight, values, index, g.dtype)
+        return gradient(dense, size[1]).contiguous()
     parts = [gradient(piece, stop - start) for start, stop, piece in _column_pieces(weight, values, index, g.dtype)]
     return torch.cat(parts, 1).contiguous()
 

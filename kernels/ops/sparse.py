@@ -1,7 +1,8 @@
 """Sparse weight changes registered with torch: schema, shapes, gradients. Bodies check the index and choose a back end.
 
 Saved for backward are only the given tensors, and of them only those that a wanted gradient reads; the effective weight
-is built again. Nothing is written into the frozen weight, so the weight may be a parameter that FSDP2 gathers anew.
+is built again, and so is an input that its operation can give again (:mod:`peft_suite.kernels.recompute`). Nothing is
+written into the frozen weight, so the weight may be a parameter that FSDP2 gathers anew.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_suite.errors import UnsupportedError
-from peft_suite.kernels import checks
+from peft_suite.kernels import checks, recompute
 from peft_suite.kernels.cpu.torch_sparse import effective
 from peft_suite.kernels.dispatch import Form, Op
 from peft_suite.kernels.reference.sparse import accumulate_dtype
@@ -191,12 +192,13 @@ def _keep(ctx: Any, x: Tensor, weight: Tensor, values: Tensor, index: Tensor, bi
     """Save what the wanted gradients read: the input's needs weight and values, the values' needs the input."""
     to_x, to_values = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     ctx.dtypes = values.dtype, None if bias is None else bias.dtype
+    ctx.input, kept = recompute.keep(x) if to_values else (None, ())
     ctx.shape = x.shape
     ctx.save_for_backward(
-        x if to_values else None,
         weight if to_x else None,
         values if to_x else None,
         index if to_x or to_values else None,
+        *kept,
     )
 
 
@@ -205,12 +207,13 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, values, index = ctx.saved_tensors
+    weight, values, index, *kept = ctx.saved_tensors
     to_x = to_values = to_bias = None
     if ctx.needs_input_grad[0]:
         to_x = sparse_delta_linear_backward(grad, weight, values, index)
     flat = grad.reshape(-1, grad.shape[-1])
     if ctx.needs_input_grad[2]:
+        x = ctx.input.again(kept)
         to_values = sddmm(flat, x.reshape(-1, x.shape[-1]), index).to(ctx.dtypes[0])
     if ctx.needs_input_grad[4]:
         to_bias = flat.sum(0, dtype=accumulate_dtype(grad)).to(ctx.dtypes[1])
@@ -340,11 +343,12 @@ def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, values, index = ctx.saved_tensors
+    weight, values, index, *kept = ctx.saved_tensors
     to_x = to_values = to_bias = None
     if ctx.needs_input_grad[0]:
         to_x = sparse_delta_conv_backward(grad, weight, values, index, ctx.shape, *ctx.geometry)
     if ctx.needs_input_grad[2]:
+        x = ctx.input.again(kept)
         to_values = sparse_delta_conv_values(grad, x, ctx.kernel, index, *ctx.geometry).to(ctx.dtypes[0])
     if ctx.needs_input_grad[4]:
         over = [d for d in range(grad.dim()) if d != 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -324,7 +325,42 @@ def test_dense_tensors_live_for_one_layer_only(monkeypatch: pytest.MonkeyPatch, 
         y.sum().backward()
 
     run()
-    assert unit <= peak_bytes(run) < 1.5 * unit
+    dense = unit if density == 0 else 0  # W + ΔW has a place that stays; a dense value gradient comes on top
+    assert dense <= peak_bytes(run) < dense + 0.5 * unit
+    monkeypatch.setattr(torch_sparse, "_thread", threading.local())
+    assert unit <= peak_bytes(run) < dense + 1.5 * unit
+    assert torch_sparse._thread.buffer.numel() == unit
+
+
+def test_every_thread_has_its_own_place_for_the_changed_weight() -> None:
+    x, w, v, i, b = case((96, 64), (50, 64), 0.1, torch.float32)
+    _, other, v2, i2, b2 = case((96, 64), (50, 64), 0.1, torch.float32, seed=1)
+    first, second = sparse_delta_linear(x, w, v, i, b), sparse_delta_linear(x, other, v2, i2, b2)
+    wrong = []
+
+    def run(expected: Tensor, *given: Tensor) -> None:
+        for _ in range(100):
+            if not torch.equal(sparse_delta_linear(x, *given), expected):
+                wrong.append(expected)
+
+    threads = [
+        threading.Thread(target=run, args=(first, w, v, i, b)),
+        threading.Thread(target=run, args=(second, other, v2, i2, b2)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_inference_left_serves_training() -> None:
+    x, w, v, i, b = case((6, 5), (3, 5), 0.3, torch.float32)
+    torch_sparse._thread.__dict__.clear()
+    with torch.inference_mode():
+        sparse_delta_linear(x, w, v, i, b)
+    (grad,) = torch.autograd.grad(sparse_delta_linear(x, w, v, i, b).sum(), v)
+    assert grad.abs().sum() > 0
 
 
 def test_opcheck() -> None:
