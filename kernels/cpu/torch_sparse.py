@@ -75,43 +75,32 @@ def _buffer(numel: int, dtype: torch.dtype) -> Tensor:
     return buffer[:size].view(dtype)
 
 
-def _pieces(weight: Tensor, dtype: torch.dtype, dim: int) -> list[tuple[int, int]]:
-    size = weight.numel() * dtype.itemsize
-    length = weight.shape[dim]
-    if weight.device.type != "cpu" or size <= PIECE_BYTES:
-        return [(0, length)]
-    step = math.ceil(length / math.ceil(size / PIECE_BYTES))
-    return [(start, min(start + step, length)) for start in range(0, length, step)]
+def _pieces(weight: Tensor, values: Tensor, index: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, rows start:stop of the effective weight), each gone when the next comes.
 
-
-def _row_pieces(weight: Tensor, values: Tensor, index: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, rows start:stop of the effective weight): ``index`` is sorted, so each piece owns a slice of it."""
-    pieces = _pieces(weight, dtype, 0)
-    if len(pieces) == 1:
-        yield *pieces[0], _transient(weight, values, index, dtype)
+    ``index`` is sorted, so each piece owns a slice of it.
+    """
+    count = math.ceil(weight.numel() * dtype.itemsize / PIECE_BYTES) if weight.device.type == "cpu" else 1
+    rows = weight.shape[0]
+    if count <= 1:
+        yield 0, rows, _transient(weight, values, index, dtype)
         return
+    bounds = [rows * piece // count for piece in range(count + 1)]
+    bounds = [low for low, high in pairwise(bounds) if low < high] + [rows]
     row = weight[0].numel()
-    bounds = torch.tensor([p[0] * row for p in pieces] + [weight.numel()], device=index.device, dtype=index.dtype)
-    cuts = torch.searchsorted(index, bounds).tolist()
-    for (start, stop), low, high in zip(pieces, cuts, cuts[1:]):
+    inner = torch.tensor([row * bound for bound in bounds[1:-1]], device=index.device, dtype=index.dtype)
+    cuts = [0, *torch.searchsorted(index, inner).tolist(), index.numel()]
+    for (start, stop), (low, high) in zip(pairwise(bounds), pairwise(cuts)):
         yield start, stop, _transient(weight[start:stop], values[low:high], index[low:high] - start * row, dtype)
 
 
-def _column_pieces(
-    weight: Tensor, values: Tensor, index: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, columns start:stop of the effective weight), columns being the second dimension."""
-    pieces = _pieces(weight, dtype, 1)
-    if len(pieces) == 1:
-        yield *pieces[0], _transient(weight, values, index, dtype)
-        return
-    inner = weight[0, 0].numel()
-    width = weight.shape[1] * inner
-    row, column = index // width, index % width
-    for start, stop in pieces:
-        inside = torch.nonzero((column >= start * inner) & (column < stop * inner)).squeeze(1)
-        at = row[inside] * ((stop - start) * inner) + column[inside] - start * inner
-        yield start, stop, _transient(weight[:, start:stop], values[inside], at, dtype)
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    """Of one or more terms, halves added up in float32."""
+    total = first = next(parts)
+    for part in parts:
+        total = total.to(accumulate_dtype(first)) if total is first else total
+        total += part
+    return total.to(first.dtype)
 
 
 # linear --------------------------------------------------------------------------------------------------------------
@@ -121,25 +110,20 @@ def sparse_linear(x: Tensor, weight: Tensor, values: Tensor, index: Tensor, bias
     """y = x (W + ΔW)ᵀ + b."""
     bias = None if bias is None else bias.to(x.dtype)
     out: Tensor | None = None
-    for start, stop, piece in _row_pieces(weight, values, index, x.dtype):
+    for start, stop, piece in _pieces(weight, values, index, x.dtype):
         if stop - start == weight.shape[0]:
             return F.linear(x, piece, bias).contiguous()
         out = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
         out[..., start:stop] = F.linear(x, piece, None if bias is None else bias[start:stop])
-    return x.new_empty(*x.shape[:-1], 0) if out is None else out
+    assert out is not None
+    return out
 
 
 def sparse_linear_input(g: Tensor, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """g (W + ΔW)."""
     flat = g.reshape(-1, g.shape[-1])
-    out: Tensor | None = None
-    for start, stop, piece in _column_pieces(weight, values, index, g.dtype):
-        if stop - start == weight.shape[1]:
-            return (flat @ piece).view(*g.shape[:-1], weight.shape[1])
-        out = g.new_empty(flat.shape[0], weight.shape[1]) if out is None else out
-        out[:, start:stop] = flat @ piece
-    out = flat.new_empty(flat.shape[0], 0) if out is None else out
-    return out.view(*g.shape[:-1], weight.shape[1])
+    parts = (flat[:, start:stop] @ piece for start, stop, piece in _pieces(weight, values, index, g.dtype))
+    return _sum(parts).view(*g.shape[:-1], weight.shape[1])
 
 
 # sampled products ----------------------------------------------------------------------------------------------------
@@ -211,16 +195,16 @@ def sparse_conv(
     """conv(x, W + ΔW) + b in one, two or three spatial dimensions."""
     bias = None if bias is None else bias.to(x.dtype)
     zeros = [0] * len(stride)
-    if groups > 1 or len(_pieces(weight, x.dtype, 0)) == 1:
-        dense = (effective if groups > 1 else _transient)(weight, values, index, x.dtype)
+    if groups > 1:
+        dense = effective(weight, values, index, x.dtype)
         return torch.convolution(x, dense, bias, stride, padding, dilation, False, zeros, groups).contiguous()
     parts = [
         torch.convolution(
             x, piece, None if bias is None else bias[start:stop], stride, padding, dilation, False, zeros, 1
         )
-        for start, stop, piece in _row_pieces(weight, values, index, x.dtype)
+        for start, stop, piece in _pieces(weight, values, index, x.dtype)
     ]
-    return torch.cat(parts, 1).contiguous()
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).contiguous()
 
 
 def _convolution_backward(
@@ -252,15 +236,15 @@ def sparse_conv_input(
 ) -> Tensor:
     """Gradient of :func:`sparse_conv` with respect to its input of shape ``size``."""
 
-    def gradient(dense: Tensor, channels: int) -> Tensor:
-        x = g.new_empty(1).expand(size[0], channels, *size[2:])  # only its shape is read
+    x = g.new_empty(1).expand(size)  # only its shape is read
+
+    def gradient(g: Tensor, dense: Tensor) -> Tensor:
         return _convolution_backward(g, x, dense, stride, padding, dilation, groups, [True, False, False])[0]
 
-    if groups > 1 or len(_pieces(weight, g.dtype, 1)) == 1:
-        dense = (effective if groups > 1 else _transient)(weight, values, index, g.dtype)
-        return gradient(dense, size[1]).contiguous()
-    parts = [gradient(piece, stop - start) for start, stop, piece in _column_pieces(weight, values, index, g.dtype)]
-    return torch.cat(parts, 1).contiguous()
+    if groups > 1:
+        return gradient(g, effective(weight, values, index, g.dtype)).contiguous()
+    pieces = _pieces(weight, values, index, g.dtype)
+    return _sum(gradient(g[:, start:stop], piece) for start, stop, piece in pieces).contiguous()
 
 
 def conv_sddmm(

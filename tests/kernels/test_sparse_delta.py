@@ -175,6 +175,16 @@ def test_large_weights_are_built_in_pieces(monkeypatch: pytest.MonkeyPatch, shar
     )
 
 
+def test_pieces_of_halves_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, v, i, _ = case((256, 8), (2, 8), 0.1, torch.bfloat16)
+    g = torch.ones(2, 256, dtype=torch.bfloat16)
+    (whole,) = torch.autograd.grad(sparse_delta_linear(x, w.abs(), v.abs(), i), x, g)
+    monkeypatch.setattr(torch_sparse, "PIECE_BYTES", 16)  # a row at a time
+    (parts,) = torch.autograd.grad(sparse_delta_linear(x, w.abs(), v.abs(), i), x, g)
+    assert parts.dtype == torch.bfloat16
+    torch.testing.assert_close(parts, whole, rtol=2**-7, atol=0)  # one rounding; added up in bfloat16, 256 terms stall
+
+
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), tokens=st.integers(0, 9), data=st.data(), wide=st.booleans())
 def test_property_any_set_of_entries(rows: int, columns: int, tokens: int, data: st.DataObject, wide: bool) -> None:
