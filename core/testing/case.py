@@ -77,7 +77,7 @@ class Case:
 
     def anatomy(self) -> Anatomy:
         """The description of the backbone."""
-        return anatomy_of(_built(self.example, 0)[0])
+        return _anatomy(self.example)
 
     def edits(self) -> tuple[Edit, ...]:
         """What the method records on this backbone (parts without memory).
@@ -162,9 +162,14 @@ def _backbone(example: str, seed: int) -> nn.Module:
 
 
 @functools.cache
+def _anatomy(example: str) -> Anatomy:
+    return anatomy_of(_built(example, 0)[0])
+
+
+@functools.cache
 def _edits(case: Case) -> tuple[Edit, ...]:
-    model, _ = case.backbone()
-    return prepare(model, make_method(case.method), "default", None, torch.device("meta")).edits
+    model, method = _built(case.example, 0)[0], make_method(case.method)  # preparing changes nothing: no copy
+    return prepare(model, method, "default", _anatomy(case.example), torch.device("meta")).edits
 
 
 @contextmanager
