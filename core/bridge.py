@@ -22,7 +22,8 @@ from peft_suite.errors import FileFormatError, UnsupportedError
 from peft_suite.files import CONFIG, TENSORS, only_name
 from peft_suite.lifecycle import install, prepare
 from peft_suite.method import make_method
-from peft_suite.methods.lora import LoRAConfig, LowRank
+from peft_suite.methods.lora import LoRAConfig
+from peft_suite.methods.lora_parts import LowRank
 from peft_suite.storage import write_bytes, write_text
 
 __all__ = ["PeftExport", "export_peft", "import_peft"]

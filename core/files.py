@@ -173,7 +173,7 @@ def load(
     chosen = name or config["adapter_name"]
     saved = config["backbone"]
     try:
-        adapter = prepare(model, method, chosen, anatomy, torch.device("meta"), config["batchnorm"])
+        adapter = prepare(model, method, chosen, anatomy, torch.device("meta"), config["batchnorm"], stored=True)
     except UnsupportedError as error:
         raise BackboneMismatchError(
             f"The adapter in {path} was trained on {saved['class']} ({saved['family']}) and does not fit this "

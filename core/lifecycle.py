@@ -101,8 +101,15 @@ def prepare(
     anatomy: Anatomy | None,
     device: torch.device | None,
     batchnorm: Literal["frozen", "train"] = "frozen",
+    *,
+    stored: bool = False,
 ) -> Adapter:
-    """All checks of ``adapt`` and the adapter itself, not attached yet. ``device`` None means the model's own."""
+    """All checks of ``adapt`` and the adapter itself, not attached yet.
+
+    Args:
+        device: None means the model's own.
+        stored: the adapter will be given tensors of a file; see :class:`peft_suite.method.Editor`.
+    """
     if batchnorm not in ("frozen", "train"):
         raise UnsupportedError(f"batchnorm={batchnorm!r}: choose 'frozen' or 'train'.")
     if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -127,7 +134,7 @@ def prepare(
         )
     first = next(model.parameters(), None)
     where = device or (first.device if first is not None else torch.device("cpu"))
-    return _build(name, model, method, anatomy, where, batchnorm)
+    return _build(name, model, method, anatomy, where, batchnorm, stored)
 
 
 def install(model: nn.Module, adapter: Adapter, anatomy: Anatomy | None = None) -> None:
@@ -157,7 +164,8 @@ def rebuild(model: nn.Module, name: str, method: Method[Any], tensors: Mapping[s
     device = first.device if first is not None else torch.device("cpu")
     try:
         where = device if tensors is None else torch.device("meta")
-        new = _build(name, model, method, adapters.anatomy, where, "train" if moving else "frozen")
+        statistics = "train" if moving else "frozen"
+        new = _build(name, model, method, adapters.anatomy, where, statistics, tensors is not None)
     finally:
         adapters.switch(active)
     if tensors is None:
@@ -309,9 +317,15 @@ def described(model: nn.Module) -> Anatomy:
 
 
 def _build(
-    name: str, model: nn.Module, method: Method[Any], anatomy: Anatomy, device: torch.device, batchnorm: str
+    name: str,
+    model: nn.Module,
+    method: Method[Any],
+    anatomy: Anatomy,
+    device: torch.device,
+    batchnorm: str,
+    stored: bool = False,
 ) -> Adapter:
-    editor = Editor(model, anatomy, device)
+    editor = Editor(model, anatomy, device, stored=stored)
     with torch.device(device):
         method.build(anatomy, editor)
         editor.own(anatomy.fresh)

@@ -148,11 +148,12 @@ class Editor:
     """Records the edits of one adapter while a method builds it; the model is only read.
 
     Parts are created on ``device`` ("meta" for a dry run). ``key`` names a part inside the adapter's file:
-    ``<module path>.<label>``.
+    ``<module path>.<label>``. ``stored``: tensors and their sizes come from a file or a checkpoint, so that nothing
+    need be worked out from the weights' values.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
-        self.model, self.anatomy, self.device = model, anatomy, device
+    def __init__(self, model: nn.Module, anatomy: Anatomy, device: torch.device, *, stored: bool = False) -> None:
+        self.model, self.anatomy, self.device, self.stored = model, anatomy, device, stored
         self.edits: list[Edit] = []
         self._owned: dict[str, list[str]] = {}
         self._left: set[str] = set()

@@ -59,12 +59,12 @@ METHODS: dict[str, str] = {  # name in the table -> method; the numbers behind n
     "lora-8": "lora(rank=4, targets=['q', 'k', 'v', 'o'])",
     "dora-8": "lora(rank=4, dora=True, targets=['q', 'k', 'v', 'o'])",
     "adapter-8": "adapter(bottleneck=8)",
-    "sara-8": "sara(budget=8000)",
+    "sara-8": "sara(budget=8000, rank_weight=0, progressive=None)",
     "lt-sft-8": "lt-sft(budget=8000, steps=200, lr=0.0003)",
     "lora-64": f"lora(rank=5, {_WHERE})",
     "dora-64": f"lora(rank=5, dora=True, {_WHERE})",
     "adapter-64": "adapter(bottleneck=64)",
-    "sara-64": "sara(budget=64000)",
+    "sara-64": "sara(budget=64000, rank_weight=0, progressive=None)",
     "lt-sft-64": "lt-sft(budget=64000, steps=200, lr=0.0003)",
 }
 RATES = (1e-3, 3e-3, 1e-2)

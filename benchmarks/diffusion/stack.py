@@ -145,7 +145,7 @@ def adapted(name: str, stack: Stack) -> tuple[nn.Module, dict[nn.Parameter, Tens
         bound = smallest(stack)
         return stack.requires_grad_(True), {p: p.detach().abs() < bound for p in stack.parameters()}
     if name == "sara":
-        return ps.adapt(stack, f"sara(quantile={SHARE}, weight_decay=0)", anatomy=ANATOMY), {}
+        return ps.adapt(stack, f"sara(quantile={SHARE}, weight_decay=0, progressive=None)", anatomy=ANATOMY), {}
     if name in ("lora", "dora"):
         spec = {"name": "lora", "rank": RANK, "targets": MIDDLE, "dora": name == "dora"}
         return ps.adapt(stack, spec, anatomy=ANATOMY), {}

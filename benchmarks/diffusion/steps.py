@@ -79,7 +79,8 @@ def main() -> None:
     noise = torch.randn(args.batch, 4, args.side, args.side)
     made: dict[str, nn.Module] = {"frozen, forward": fresh(weights).requires_grad_(False)}
     for budget in (5, 20, 50):
-        made[f"SaRA, {budget}M"] = ps.adapt(fresh(weights), f"sara(budget={budget * M}, weight_decay=0)")
+        spec = f"sara(budget={budget * M}, weight_decay=0, progressive=None)"
+        made[f"SaRA, {budget}M"] = ps.adapt(fresh(weights), spec)
     made["LoRA on attention, 5M"] = lora(fresh(weights), 5 * M, ATTENTION)[0]
     made["LoRA on attention, 50M"] = lora(fresh(weights), 50 * M, ATTENTION)[0]
     made["LoRA on every layer, 5M"] = lora(fresh(weights), 5 * M, ("*",))[0]

@@ -199,7 +199,7 @@ def _method(entry: str, recipe: NamedRecipe, config: RunConfig, changed: str) ->
         "departs from the source": "; ".join(recipe.departures),
         "set on the command line": changed,
     }
-    from peft_suite.report.page import facts
+    from peft_suite.report.rendering import facts
 
     return {
         "label": entry,

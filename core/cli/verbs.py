@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,13 +99,14 @@ def plan(
     backbone: _Backbone = None,
     method: _Method = None,
     checkpoint: _Checkpoint = None,
+    pretrained: _Pretrained = None,
     data: _Data = None,
     classes: Annotated[int, typer.Option(min=1, help="Width of the head where no --data is given.")] = 100,
     json: Json = False,
 ) -> None:
     """Show where a method acts and what it trains, without training. Weights are not loaded."""
     plugin = plugin_of(ctx)
-    flags = {"backbone": backbone, "method": method, "checkpoint": checkpoint, "data": data}
+    flags = {"backbone": backbone, "method": method, "checkpoint": checkpoint, "pretrained": pretrained, "data": data}
     chosen = assemble(plugin.name, config, flags, words or ())
     result = _make_plan(plugin, chosen, classes)
     if json:
@@ -170,17 +171,23 @@ def train(
         _show_plan(_make_plan(plugin, chosen, None).to_dict())
         typer.echo(dump(chosen))
         return
-    target = Path(chosen.out)
-    _guard(chosen, resume=resume, overwrite=overwrite)
+    earlier = _earlier(chosen, resume=resume, overwrite=overwrite)
+    kept = Path(chosen.out) / "config.yaml"
+    from peft_suite.storage import write_text
     from peft_suite.train import run
 
-    if _main_process() and not (resume and (target / "config.yaml").exists()):
-        from peft_suite.storage import write_text
+    with ExitStack() as running:
 
-        write_text(target / "config.yaml", dump(chosen))
-    again = f"peft-suite {plugin.name} train --config {target / 'config.yaml'} --resume"
-    with on_interrupt(f"Nothing is lost. Go on with: {again}"):
-        run(chosen, resume=resume)
+        def begin() -> None:
+            """What is refused before this leaves the folder as it was."""
+            if _main_process() and not (resume and kept.exists()):
+                while earlier:
+                    _clear(earlier.pop())
+                write_text(kept, dump(chosen))
+            again = f"peft-suite {plugin.name} train --config {kept} --resume"
+            running.enter_context(on_interrupt(f"Nothing is lost. Go on with: {again}"))
+
+        run(chosen, resume=resume, begin=begin)
 
 
 def bench(
@@ -386,26 +393,30 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
     )
 
 
-def _guard(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-    """Never train over an earlier run unless told to."""
+def _earlier(config: RunConfig, *, resume: bool, overwrite: bool) -> list[Path]:
+    """Folders of earlier runs, to be replaced; ConfigError unless told to."""
     if resume or not _main_process():
-        return
+        return []
     from peft_suite.report.records import read_run
 
     out = Path(config.out)
     seeds = range(config.seed, config.seed + config.seeds)
     folders = [out] if config.seeds == 1 else [out / f"seed-{s}" for s in seeds]
-    for folder in [f for f in folders if (f / "run.json").exists()]:
-        if overwrite:
-            (folder / "run.json").unlink()
-            with suppress(FileNotFoundError):
-                shutil.rmtree(folder / "checkpoint")
-            continue
-        status = read_run(folder).data.get("status") or "unknown"
+    found = [f for f in folders if (f / "run.json").exists()]
+    if found and not overwrite:
+        status = read_run(found[0]).data.get("status") or "unknown"
         raise ConfigError(
-            f"{folder} already holds a run (status: {status}); nothing was changed. Choose another --out, go on with "
+            f"{found[0]} already holds a run (status: {status}); nothing was changed. Choose another --out, go on with "
             "--resume, or replace it with --overwrite."
         )
+    return found
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an earlier run would be resumed from."""
+    (folder / "run.json").unlink()
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder / "checkpoint")
 
 
 def _main_process() -> bool:

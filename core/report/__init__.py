@@ -27,7 +27,7 @@ def write_summary(out_dir: str | Path) -> Path:
     Raises:
         FileFormatError: there is no ``run.json`` below the folder.
     """
-    from peft_suite.report.page import group_page
+    from peft_suite.report.group import group_page
 
     return group_page(Path(out_dir), "summary")
 
@@ -40,7 +40,7 @@ def write_comparison(out_dir: str | Path) -> Path:
     Raises:
         FileFormatError: there is no ``run.json`` below the folder.
     """
-    from peft_suite.report.page import group_page
+    from peft_suite.report.group import group_page
     from peft_suite.report.suite import SUITE, suite_page
 
     out = Path(out_dir)

@@ -1,53 +1,35 @@
-"""The pages: facts from ``run.json`` laid out by the templates beside this file. Every value is escaped by Jinja."""
+"""The page of one run: facts from ``run.json`` laid out by the templates beside this file."""
 
 from __future__ import annotations
 
 import base64
-import csv
-import functools
-import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from peft_suite.errors import FileFormatError
 from peft_suite.plugins import plugins
 from peft_suite.report import plots
-from peft_suite.report.records import (
-    Run,
-    find_runs,
-    group_runs,
-    number,
-    numbers,
-    primary_name,
-    read_run,
-    section,
+from peft_suite.report.records import Run, number, numbers, primary_name, read_run, section
+from peft_suite.report.rendering import (
+    NONE,
+    data_uri,
+    facts,
+    render,
+    show,
+    show_bytes,
+    show_count,
+    show_metric,
+    show_mib,
+    show_seconds,
 )
 from peft_suite.storage import write_bytes
 from peft_suite.tables import lower_is_better
 
-__all__ = ["data_uri", "facts", "group_page", "render", "rows_as_csv", "run_page"]
+__all__ = ["pictures", "run_page"]
 
 EXAMPLES = 24
 _MIME = {b"\x89PNG": "image/png", b"RIFF": "audio/wav", b"OggS": "audio/ogg"}
-_NONE = "\N{EN DASH}"
-_COLUMNS = (
-    "task",
-    "method",
-    "metric",
-    "mean",
-    "std",
-    "seeds",
-    "trainable",
-    "share",
-    "adapter_bytes",
-    "seconds",
-    "peak_mib",
-)
 
 
 def run_page(run_dir: Path) -> Path:
@@ -77,7 +59,7 @@ def run_page(run_dir: Path) -> Path:
         plan=_plan(section(section(data, "method"), "plan")),
         parameters=facts({k: v for k, v in section(data, "parameters").items() if not isinstance(v, list | Mapping)}),
         curves=data_uri(curves),
-        pictures=_pictures(run),
+        pictures=pictures(run),
         confusion=data_uri(plots.confusion(matrix, classes)) if matrix else "",
         confused=_confused(matrix, classes),
         per_class=per_class[::-1] if lower_is_better(name) else per_class,
@@ -91,116 +73,6 @@ def run_page(run_dir: Path) -> Path:
         commands=_commands(run),
     )
     return write_bytes(run.path / "report.html", html.encode())
-
-
-def group_page(root: Path, kind: str) -> Path:
-    """Write the page over many runs: ``summary`` (several seeds) or ``comparison`` (a grid)."""
-    runs, broken = find_runs(root)
-    if not runs and not broken:
-        raise FileFormatError(f"There is no run.json below {root}. Give a folder that train or bench wrote.")
-    groups = group_runs(runs)
-    names = [n for r in runs if r.finished for n in r.scores()[1]]
-    metric = next((r.metric for r in runs if r.metric), "") or primary_name(dict.fromkeys(names))
-    rows = [g.row(metric) for g in groups]
-    sign = 1 if lower_is_better(metric) else -1
-    rows.sort(key=lambda r: (r["task"], math.inf if r["mean"] is None else sign * r["mean"]))
-    failures = [(str(p.relative_to(root)), reason) for p, reason in broken]
-    for run in runs:
-        if not run.finished:
-            label = f"{run.task}, {run.method}, seed {run.seed} ({run.path.relative_to(root)})"
-            failures.append((label, run.error or f"status: {run.data.get('status') or 'unknown'}"))
-    picture = plots.tradeoffs(rows, metric) if len(groups) > 1 and any(r["mean"] is not None for r in rows) else None
-    known = [r["mean"] for r in rows if r["mean"] is not None]
-    seeds = sorted({r.seed for r in runs})
-    html = render(
-        "group.html",
-        title="Comparison of methods"
-        if kind == "comparison"
-        else f"{groups[0].method if groups else 'Runs'} over seeds",
-        metric=metric,
-        rows=rows,
-        best=_best(rows),
-        top=max(known, default=0.0),
-        tasks=list(dict.fromkeys(r["task"] for r in rows)),
-        seeds=seeds,
-        finished=sum(r.finished for r in runs),
-        total=len(runs) + len(broken),
-        picture=data_uri(picture),
-        drawn=[(f"{r.task}, {r.method}, seed {r.seed}", _pictures(r)) for r in _first(runs) if r.data.get("pictures")],
-        runs=[_run_row(r, root, metric) for r in runs],
-        failures=failures,
-        versions=facts({**section(runs[0].data, "versions"), **section(runs[0].data, "platform")} if runs else {}),
-    )
-    stem = root / kind
-    record = {"format": 1, "metric": metric, "rows": rows, "failures": [{"run": a, "reason": b} for a, b in failures]}
-    write_bytes(stem.with_suffix(".json"), json.dumps(record, indent=2).encode())
-    if kind == "comparison":
-        write_bytes(stem.with_suffix(".csv"), rows_as_csv(rows))
-        if picture:
-            write_bytes(stem.with_suffix(".png"), picture)
-    return write_bytes(stem.with_suffix(".html"), html.encode())
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    folder = Path(__file__).with_name("templates")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(metric=show_metric, count=show_count, size=show_bytes, seconds=show_seconds, mib=_mib)
-    return environment
-
-
-def render(template: str, **values: Any) -> str:
-    """A template of this package with its values, escaped."""
-    return _environment().get_template(template).render(**values)
-
-
-def show_metric(value: Any, name: str = "") -> str:
-    """Shares as percent, other numbers with four digits."""
-    known = number(value)
-    if known is None:
-        return _NONE
-    return f"{100 * known:.1f} %" if 0 <= known <= 1 and not lower_is_better(name) else f"{known:.4g}"
-
-
-def show_count(value: Any) -> str:
-    """1234567 as 1,234,567."""
-    known = number(value)
-    return _NONE if known is None else (f"{known:,.0f}" if known == int(known) else f"{known:,.4g}")
-
-
-def show_bytes(value: Any) -> str:
-    """Bytes in binary units."""
-    known = number(value)
-    if known is None:
-        return _NONE
-    for unit in ("B", "KiB", "MiB"):
-        if known < 1024:
-            return f"{known:.0f} B" if unit == "B" else f"{known:.1f} {unit}"
-        known /= 1024
-    return f"{known:.1f} GiB"
-
-
-def show_seconds(value: Any) -> str:
-    """A duration for people."""
-    known = number(value)
-    if known is None:
-        return _NONE
-    if known < 90:
-        return f"{known:.3g} s"
-    minutes, seconds = divmod(round(known), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _mib(value: Any) -> str:
-    known = number(value)
-    return _NONE if known is None else (f"{known:,.0f} MiB" if known >= 10 else f"{known:.1f} MiB")
-
-
-def data_uri(png: bytes | None) -> str:
-    """A picture as part of a page; "" for none."""
-    return "data:image/png;base64," + base64.b64encode(png).decode() if png else ""
 
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:
@@ -217,9 +89,9 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         ("trainable parameters", show_count(cost["trainable"]), share),
         ("adapter file", show_bytes(cost["adapter_bytes"]), ""),
         ("time", show_seconds(cost["seconds"]), f"{step:.1f} ms per step" if step is not None else ""),
-        ("peak memory", _mib(cost["peak_mib"]), ""),
+        ("peak memory", show_mib(cost["peak_mib"]), ""),
     ]
-    return [card for card in cards if card[1] != _NONE]
+    return [card for card in cards if card[1] != NONE]
 
 
 def _metric_table(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,44 +126,13 @@ def _method_facts(config: Any) -> list[tuple[str, str]]:
     return facts(config) if isinstance(config, Mapping) else []
 
 
-def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as a person reads them; what is empty is left out."""
-    return [(_key(str(k)), _text(str(k), v)) for k, v in values.items() if v is not None and v != ""]
-
-
-def _key(key: str) -> str:
-    for unit in ("_mib", "_ms", "_s"):  # the value is shown with its unit
-        key = key.removesuffix(unit)
-    return key.replace("_", " ")
-
-
-def _text(key: str, value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, int | float):
-        if key.endswith("bytes"):
-            return show_bytes(value)
-        if key.endswith("_mib"):
-            return _mib(value)
-        if key.endswith("_ms"):
-            return f"{value:.4g} ms"
-        if key.endswith("_s") or key == "seconds":
-            return show_seconds(value)
-        return show_count(value) if isinstance(value, int) and abs(value) > 999 else f"{value:.6g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {_text(str(k), v)}" for k, v in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(_text("", v) for v in value[:40]) + (" ..." if len(value) > 40 else "") or "none"
-    return str(value)
-
-
 def _plan(plan: Mapping[str, Any]) -> dict[str, Any]:
     """A plan's single values, and its first list of records as a table."""
     single = {k: v for k, v in plan.items() if not isinstance(v, list | Mapping)}
     for records in plan.values():
         if isinstance(records, list) and records and all(isinstance(r, Mapping) for r in records):
             columns = list(dict.fromkeys(str(k) for r in records for k in r))
-            rows = [[_text(c, r.get(c)) if r.get(c) is not None else "" for c in columns] for r in records]
+            rows = [[show(c, r.get(c)) if r.get(c) is not None else "" for c in columns] for r in records]
             numeric = [all(number(r.get(c)) is not None or r.get(c) is None for r in records) for c in columns]
             return {"facts": facts(single), "columns": columns, "rows": rows, "numeric": numeric}
     return {"facts": facts(single), "columns": [], "rows": [], "numeric": []}
@@ -370,7 +211,7 @@ def _examples(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return right[:EXAMPLES], wrong[:EXAMPLES]
 
 
-def _pictures(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+def pictures(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the task drew: (title, [(moment, picture)]), one row per title, in the order of the moments."""
     rows: dict[str, list[tuple[str, str]]] = {}
     for entry in run.data.get("pictures") or ():
@@ -381,12 +222,6 @@ def _pictures(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         if content[:4] == b"\x89PNG":
             rows.setdefault(str(entry.get("title")), []).append((str(entry.get("moment")), data_uri(content)))
     return list(rows.items())
-
-
-def _first(runs: Sequence[Run]) -> list[Run]:
-    """One run of each method on each task: that of the lowest seed."""
-    ordered = sorted(runs, key=lambda r: r.seed, reverse=True)
-    return list(reversed({(r.task, r.method): r for r in ordered}.values()))
 
 
 def _attached(texts: Sequence[Any], index: int, kind: str) -> str:
@@ -432,39 +267,3 @@ def _quote(value: Any) -> str:
     text = str(value)
     plain = all(c.isalnum() or c in "/._-+=:@%," for c in text)
     return text if plain and text else "'" + text.replace("'", "'\\''") + "'"
-
-
-def _best(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
-    best: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        sign = -1 if lower_is_better(str(row.get("metric") or "")) else 1
-        if row["mean"] is None:
-            continue
-        if row["task"] not in best or sign * row["mean"] > sign * best[row["task"]]["mean"]:
-            best[row["task"]] = row
-    return {(r["task"], r["method"]) for r in best.values()} if len(rows) > 1 else set()
-
-
-def _run_row(run: Run, root: Path, metric: str) -> dict[str, Any]:
-    page = run.path / "report.html"
-    return {
-        "task": run.task,
-        "method": run.method,
-        "seed": run.seed,
-        "status": str(run.data.get("status") or "unknown"),
-        "value": run.scores()[1].get(metric),
-        "seconds": run.measured()["seconds"],
-        "path": str(run.path.relative_to(root)),
-        "link": page.relative_to(root).as_posix() if page.exists() and page.parent != root else "",
-    }
-
-
-def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows of a comparison as CSV."""
-    stream = io.StringIO()
-    writer = csv.writer(stream)
-    writer.writerow(_COLUMNS)
-    for row in rows:
-        cells = [" ".join(map(str, row[c])) if c == "seeds" else row[c] for c in _COLUMNS]
-        writer.writerow(["" if c is None else c for c in cells])
-    return stream.getvalue().encode()

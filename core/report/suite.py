@@ -11,8 +11,9 @@ from typing import Any
 
 from peft_suite.errors import FileFormatError
 from peft_suite.report import plots
-from peft_suite.report.page import data_uri, facts, render, rows_as_csv
+from peft_suite.report.group import rows_as_csv
 from peft_suite.report.records import Group, Run, primary_name, read_run, section
+from peft_suite.report.rendering import data_uri, facts, render
 from peft_suite.storage import write_bytes
 from peft_suite.tables import lower_is_better
 

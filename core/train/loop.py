@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import peft_suite as ps
-from peft_suite.errors import ConfigError, DataError, StorageError, TrainingError
-from peft_suite.lifecycle import rebuild
+from peft_suite.errors import DataError, StorageError, TrainingError
 from peft_suite.storage import write_json
-from peft_suite.tables import lower_is_better
 from peft_suite.train.averaging import Average
 from peft_suite.train.config import Recipe
 from peft_suite.train.contracts import DataSplits
 from peft_suite.train.display import Display
 from peft_suite.train.evaluation import autocast, collect, predictor, to_device
 from peft_suite.train.loader import batches, epoch_plan, global_batches, groups_of, targets_of
+from peft_suite.train.mixing import make_mixing
 from peft_suite.train.optim import build_optimizer, describe_groups, lr_at, set_lr
 from peft_suite.train.pictures import draw
 from peft_suite.train.record import (
@@ -38,11 +37,11 @@ from peft_suite.train.record import (
     versions,
     write_thumbnails,
 )
+from peft_suite.train.selection import Selection
 from peft_suite.train.setup import (
     Restartable,
     check_recipe,
     make_accelerator,
-    make_mixup,
     restored_forward,
     set_epoch,
     train_split,
@@ -56,6 +55,7 @@ from peft_suite.train.state import (
 )
 from peft_suite.train.stopping import StopRequest
 from peft_suite.train.task import Task, as_task
+from peft_suite.train.trained import TrainedAdapters
 
 __all__ = ["fit"]
 
@@ -74,6 +74,7 @@ def fit(
     run_info: Mapping[str, Any] | None = None,
     progress: bool = True,
     verify: bool = True,
+    begin: Callable[[], None] | None = None,
 ) -> RunResult:
     """Train the open parameters of an adapted model; afterwards the model carries the selected state.
 
@@ -90,6 +91,7 @@ def fit(
         workers: data loader processes.
         run_info: ``{"plugin", "config", "plan", "metadata"}``; metadata travels in the adapter file.
         verify: prove on the first batch that every part of the adapter takes part.
+        begin: called when nothing can be refused any more, before the first file is written into ``out``.
 
     Raises:
         TrainingError: the loss is not finite; the last checkpoint is kept.
@@ -97,7 +99,7 @@ def fit(
         DataError: a split that the recipe needs is missing, or labels are out of range.
     """
     training = _Training(model, data, recipe, task, Path(out), seed, device, workers, dict(run_info or {}))
-    return training.execute(resume=resume, progress=progress, verify=verify)
+    return training.execute(resume=resume, progress=progress, verify=verify, begin=begin)
 
 
 class _Training:
@@ -118,8 +120,7 @@ class _Training:
         self.model, self.data, self.recipe, self.out, self.seed = model, data, recipe, out, seed
         self.workers, self.info = workers, info
         self.events = ps.events(model)  # AdapterError at once when the model carries no adapter
-        adapters: Any = model.adapters
-        self.started_as = {name: adapter.method.config for name, adapter in adapters.items()}
+        self.trained = TrainedAdapters(model)
         self.task = as_task(task, data.classes, data.multi_label)
         self.train_data = train_split(data)
         check_recipe(recipe, data)
@@ -136,8 +137,7 @@ class _Training:
         self.epoch = self.step = 0
         self.loss_sum, self.samples, self.epoch_seconds = 0.0, 0, 0.0
         self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None
-        self.best_state: dict[str, Tensor] = {}
+        self.selection = Selection(recipe, self.task.primary)
         self.average: Average | None = None
         self.pictures: list[dict[str, str]] = []
         self.train_seconds = self.earlier_seconds = 0.0
@@ -148,22 +148,24 @@ class _Training:
 
     # ---- the whole run -------------------------------------------------------------------------------------------
 
-    def execute(self, *, resume: bool, progress: bool, verify: bool) -> RunResult:
+    def execute(
+        self, *, resume: bool, progress: bool, verify: bool, begin: Callable[[], None] | None = None
+    ) -> RunResult:
         state = self.read_checkpoint() if resume else None
         record = read_run(self.out) if resume else None
         show = progress and self.main
         if state and record and record["status"] == "finished":
             if show:
                 print(f"{self.out} is already finished: nothing to resume.", file=sys.stderr)
-            self.take_plans(state)
-            self.load_adapters(
+            self.trained.take_plans(state)
+            self.trained.load(
                 state["best_state"] or {**state["adapters"], **state.get("average", {}).get("values", {})}
             )
             return RunResult(self.out, record)
         with restored_forward(self.model), self.stop:
             self.display = Display(enabled=False, epochs=0, steps=0, epoch=0, metric="")
             try:
-                self.set_up(state, show=show, verify=verify)
+                self.set_up(state, show=show, verify=verify, begin=begin)
                 self.train()
                 return self.conclude()
             except KeyboardInterrupt:
@@ -178,15 +180,12 @@ class _Training:
                 self.display.close()
                 self.accelerator.end_training() if self.recipe.tracker != "none" else None
 
-    def set_up(self, state: dict[str, Any] | None, *, show: bool, verify: bool) -> None:
+    def set_up(
+        self, state: dict[str, Any] | None, *, show: bool, verify: bool, begin: Callable[[], None] | None
+    ) -> None:
         seed_everything(self.seed)
         self.memory = PeakMemory(self.device)
         self.model.to(self.device)
-        self.trained = [
-            name
-            for name, adapter in self.model.adapters.items()  # type: ignore[operator, union-attr]
-            if any(p.requires_grad for p in adapter.parameters())
-        ]
         self.optimizer = build_optimizer(self.model, self.recipe)
 
         targets = targets_of(self.train_data)
@@ -194,20 +193,22 @@ class _Training:
         self.class_weights = None
         if self.recipe.class_weights == "balanced":
             self.class_weights = self.task.class_weights(targets).to(self.device)
-        self.mixup = make_mixup(self.recipe, self.task, self.data.multi_label)
+        self.mixing = make_mixing(self.recipe, self.task, self.data.multi_label)
 
         set_epoch(self.train_data, 0)
         if verify and state is None:
             inputs, _, _ = next(self.batches(0, 0, 1))[0]
             ps.verify(self.model, to_device(inputs, self.device), self.predict)
             self.model.zero_grad(set_to_none=True)
+        if begin is not None:
+            begin()
         self.begun = True  # from here on run.json tells of this run; what is refused earlier leaves the folder alone
         self.write_record("running")
         if state is not None:
-            self.take_plans(state)
-        elif any(self.model.adapters[n].method.capabilities.needs_calibration for n in self.trained):  # type: ignore[index, union-attr]
+            self.trained.take_plans(state)
+        elif any(method.capabilities.needs_calibration for method in self.trained.methods()):
             self.calibrate()
-        if self.plans():
+        if self.trained.plans():
             self.optimizer = build_optimizer(self.model, self.recipe)
 
         self.model.train()
@@ -215,7 +216,7 @@ class _Training:
         self.stepper = self.accelerator.prepare_optimizer(self.optimizer)
         seed_everything(self.seed + 7919 * self.rank)  # processes must not drop the same units
         if self.recipe.ema:
-            self.average = Average(self.model, self.trained, self.recipe.ema)
+            self.average = Average(self.model, self.trained.names, self.recipe.ema)
         if state is not None:
             self.restore(state)
         self.events.begin(self.total)
@@ -257,7 +258,7 @@ class _Training:
     # ---- training ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        while self.epoch < self.epochs and not self.exhausted():
+        while self.epoch < self.epochs and not self.selection.exhausted(self.history, self.epoch):
             if self.step < self.steps_now():
                 self.train_epoch()
             self.close_epoch()
@@ -314,11 +315,11 @@ class _Training:
         lr = lr_at(number, self.recipe, self.steps)
         set_lr(self.optimizer, lr)
         moved = [(to_device(x, self.device), to_device(y, self.device), weight) for x, y, weight in micros]
-        parts = [(*self.mix(x, y), weight) for x, y, weight in moved]
+        parts = [(*self.mixing(x, y), weight) for x, y, weight in moved] if self.mixing else moved
         masses = [weight * self.task.mass(y, self.class_weights).sum() for _, y, weight in parts]
         mass = torch.stack(masses).sum()
         mass = self.accelerator.reduce(mass) if self.world > 1 else mass
-        smoothing = 0.0 if self.mixup else self.recipe.label_smoothing  # mixed targets are smooth already
+        smoothing = 0.0 if self.mixing else self.recipe.label_smoothing  # mixed targets are smooth already
         total = torch.zeros((), device=self.device)
         for index, (inputs, targets, weight) in enumerate(parts):
             last = index == len(parts) - 1
@@ -353,23 +354,6 @@ class _Training:
             self.accelerator.log({"train/loss": value, "train/lr": lr}, step=number)
         return value, asked > 0
 
-    def mix(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
-        """Mixup or cutmix within a micro-batch; of an odd number of samples the last stays as it is."""
-        if self.mixup is None:
-            return inputs, targets
-        if not isinstance(inputs, Tensor):
-            raise ConfigError("Recipe.mixup and Recipe.cutmix need inputs that are one tensor per sample.")
-        even = len(inputs) // 2 * 2
-        mixed, soft = self.mixup(inputs[:even].clone(), targets[:even])
-        if even == len(inputs):
-            return mixed, soft
-        smoothing, count = self.recipe.label_smoothing, len(self.task.classes)
-        if self.data.multi_label:
-            rest = targets[even:].float() * (1 - smoothing) + 0.5 * smoothing
-        else:
-            rest = nn.functional.one_hot(targets[even:], count).float() * (1 - smoothing) + smoothing / count
-        return torch.cat([mixed, inputs[even:]]), torch.cat([soft, rest])
-
     def refuse(self, value: float, lr: float) -> None:
         where = f"The last good checkpoint is {self.checkpoint_file} ({self.saved_at})."
         raise TrainingError(
@@ -399,7 +383,9 @@ class _Training:
         }
         self.history.append(entry)
         with self.averaged():
-            self.select(entry)
+            if self.selection.better(entry):
+                self.selection.state = {k: v.detach().cpu().clone() for k, v in self.trained.state().items()}
+                self.save_adapter()
             if self.recipe.sample_every and (self.epoch + 1) % self.recipe.sample_every == 0:
                 self.draw(f"epoch {self.epoch + 1}")
         self.epoch, self.step = self.epoch + 1, 0
@@ -448,20 +434,6 @@ class _Training:
         self.task.check(target, split)
         return output, target
 
-    def select(self, entry: dict[str, Any]) -> None:
-        """Keep the state of the best evaluated epoch; of equals the one with the lower loss."""
-        select = self.recipe.select
-        if select == "last":
-            self.best = {"epoch": entry["epoch"], "metrics": entry["val"] or {}, "selected_by": "last"}
-            return
-        if entry[select] is None:
-            return
-        score = _score(entry[select], self.task.primary)
-        if self.best is None or score > _score(self.best["metrics"], self.task.primary):
-            self.best = {"epoch": entry["epoch"], "metrics": entry[select], "selected_by": select}
-            self.best_state = {key: value.detach().cpu().clone() for key, value in self.adapter_state().items()}
-            self.save_adapter()
-
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within the block the adapters have their averaged values, where the recipe asks for an average."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
@@ -472,46 +444,12 @@ class _Training:
             self.pictures += draw(self.task, self.model, self.out, moment)
         self.accelerator.wait_for_everyone()
 
-    def exhausted(self) -> bool:
-        """Has the primary metric not got better for ``patience`` epochs?"""
-        select = self.recipe.select
-        scores = {e["epoch"]: _score(e[select], self.task.primary)[0] for e in self.history if e.get(select)}
-        if not self.recipe.patience or not scores:
-            return False
-        peak: int = max(scores, key=lambda epoch: scores[epoch])
-        return self.epoch - 1 - peak >= self.recipe.patience
-
     # ---- checkpoints and stopping --------------------------------------------------------------------------------
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """All tensors of the trained adapters, ``"name/key"``."""
-        adapters: Any = self.model.adapters
-        return {f"{name}/{key}": v for name in self.trained for key, v in adapters[name].state_dict().items()}
-
-    def load_adapters(self, state: Mapping[str, Tensor]) -> None:
-        adapters: Any = self.model.adapters
-        for name in {key.split("/", 1)[0] for key in state}:
-            own = {key.split("/", 1)[1]: value for key, value in state.items() if key.split("/", 1)[0] == name}
-            adapters[name].load_state_dict(own)
-
-    def take_plans(self, state: Mapping[str, Any]) -> None:
-        """Build adapters as calibration had built them before the interruption."""
-        adapters: Any = self.model.adapters
-        for name, config in state.get("plans", {}).items():
-            method = adapters[name].method
-            own = {k.removeprefix(f"{name}/"): v for k, v in state["adapters"].items() if k.startswith(f"{name}/")}
-            rebuild(self.model, name, type(method)(type(method.config).from_dict(config)), own)
-
-    def plans(self) -> dict[str, dict[str, Any]]:
-        """Configurations that calibration has filled in, by adapter."""
-        adapters: Any = self.model.adapters
-        configs = {name: adapters[name].method.config for name in self.trained}
-        return {name: c.to_dict() for name, c in configs.items() if c != self.started_as[name]}
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two starts to be one run."""
         config = self.info.get("config") or {"recipe": self.recipe.to_dict()}
-        methods = {f"adapters.{name}": str(config) for name, config in self.started_as.items()}
+        methods = {f"adapters.{name}": str(config) for name, config in self.trained.started_as.items()}
         return {**run_identity(config), **methods, "seed": self.seed, "data_fingerprint": self.data.fingerprint}
 
     def write_checkpoint(self) -> None:
@@ -532,12 +470,12 @@ class _Training:
                     "train_seconds": self.train_seconds,
                     "total_seconds": self.total_seconds(),
                     "history": self.history,
-                    "best": self.best,
-                    "best_state": self.best_state,
-                    "adapters": self.adapter_state(),
+                    "best": self.selection.best,
+                    "best_state": self.selection.state,
+                    "adapters": self.trained.state(),
                     "average": self.average.state() if self.average else {},
                     "pictures": self.pictures,
-                    "plans": self.plans(),
+                    "plans": self.trained.plans(),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": scaler.state_dict() if scaler is not None else None,
                     "rng": ranks,
@@ -555,15 +493,15 @@ class _Training:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.load_adapters(state["adapters"])
+        self.trained.load(state["adapters"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.loss_sum, self.samples, self.epoch_seconds = state["loss_sum"], state["samples"], state["epoch_seconds"]
         self.train_seconds, self.earlier_seconds = state["train_seconds"], state["total_seconds"]
-        self.history, self.best, self.best_state = state["history"], state["best"], state["best_state"]
-        self.adapter_saved = bool(self.best_state)
+        self.history, self.selection.best, self.selection.state = state["history"], state["best"], state["best_state"]
+        self.adapter_saved = bool(self.selection.state)
         self.pictures = state.get("pictures", [])
         if self.average:
             self.average.load(state["average"])
@@ -590,8 +528,8 @@ class _Training:
 
     def conclude(self) -> RunResult:
         """Load the selected state, evaluate it on every split, save the adapter and write the record."""
-        if self.best_state:
-            self.load_adapters(self.best_state)
+        if self.selection.state:
+            self.trained.load(self.selection.state)
         elif self.average:
             self.average.adopt()
         self.events.finish()
@@ -617,9 +555,7 @@ class _Training:
 
     def save_adapter(self) -> None:
         if self.main:
-            for name in self.trained:
-                path = self.out / "adapter" if len(self.trained) == 1 else self.out / "adapter" / name
-                ps.save(self.model, path, name=name, metadata=self.info.get("metadata"))
+            self.trained.save(self.out / "adapter", self.info.get("metadata"))
         self.adapter_saved = True
         self.accelerator.wait_for_everyone()
 
@@ -628,8 +564,7 @@ class _Training:
 
     def write_record(self, status: str, *, error: str | None = None, **parts: Any) -> dict[str, Any]:
         steps = min(self.epoch * self.steps + self.step, self.total)
-        adapters: Any = self.model.adapters
-        methods = [adapters[name].method.config for name in self.trained] if hasattr(self, "trained") else []
+        methods = [method.config for method in self.trained.methods()]
         files = sorted(p for p in (self.out / "adapter").rglob("*.safetensors")) if self.adapter_saved else []
         record = {
             "format": 1,
@@ -653,7 +588,7 @@ class _Training:
             "parameters": ps.summary(self.model).to_dict(),
             "metric": self.task.primary,
             "history": self.history,
-            "best": self.best,
+            "best": self.selection.best,
             "final": {"val": None, "test": None, "per_class": None},
             "confusion": None,
             "examples": [],
@@ -672,10 +607,3 @@ class _Training:
             with contextlib.suppress(StorageError) if error else contextlib.nullcontext():
                 write_json(self.out / "run.json", record)
         return record
-
-
-def _score(metrics: Mapping[str, float | None], name: str) -> tuple[float, float]:
-    """What selection compares, higher is better: the primary metric, then the negative loss."""
-    value, loss = metrics.get(name), metrics.get("loss")
-    sign = -1 if lower_is_better(name) else 1
-    return -math.inf if value is None else sign * value, -math.inf if loss is None else -loss

@@ -61,7 +61,9 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"Recipe.optimizer = {recipe.optimizer!r} cannot be imported: {error}.") from error
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        advice = f" Install it (pip install {error.name}), or take adamw, adam or sgd." if absent else ""
+        raise ConfigError(f"Recipe.optimizer = {recipe.optimizer!r} cannot be imported: {error}.{advice}") from error
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise ConfigError(f"Recipe.optimizer = {recipe.optimizer!r} is no torch.optim.Optimizer.")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ from peft_suite.train.state import seed_everything
 __all__ = ["data_config", "failed_record", "is_main", "open_plugin", "prepared", "run", "run_once", "write_page"]
 
 
-def run(config: RunConfig, *, resume: bool = False, progress: bool = True) -> RunResult | list[RunResult]:
+def run(
+    config: RunConfig, *, resume: bool = False, progress: bool = True, begin: Callable[[], None] | None = None
+) -> RunResult | list[RunResult]:
     """Do what the configuration says, write the report, and say what to do next.
 
     With ``config.seeds > 1`` the runs go to ``out/seed-K``, and ``out`` gets a summary with means and spreads.
 
     Args:
         resume: finished runs are left as they are, interrupted ones go on.
+        begin: called in each run when nothing can be refused any more, before the first file is written.
 
     Returns:
         One result, or a list for several seeds.
@@ -37,7 +40,7 @@ def run(config: RunConfig, *, resume: bool = False, progress: bool = True) -> Ru
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint.
     """
     if config.seeds == 1:
-        result = run_once(config, resume=resume, progress=progress)
+        result = run_once(config, resume=resume, progress=progress, begin=begin)
         if is_main():
             result = RunResult(result.out, result.record, write_page("write_report", result.out))
             _announce(config, [result], result.report, progress)
@@ -45,7 +48,7 @@ def run(config: RunConfig, *, resume: bool = False, progress: bool = True) -> Ru
     results = []
     for seed in range(config.seed, config.seed + config.seeds):
         one = config.replace(seed=seed, seeds=1, out=str(Path(config.out) / f"seed-{seed}"))
-        result = run_once(one, resume=resume, progress=progress)
+        result = run_once(one, resume=resume, progress=progress, begin=begin)
         results.append(
             RunResult(result.out, result.record, write_page("write_report", result.out) if is_main() else None)
         )
@@ -54,8 +57,15 @@ def run(config: RunConfig, *, resume: bool = False, progress: bool = True) -> Ru
     return results
 
 
-def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, task_name: str = "") -> RunResult:
-    """One seed, without report. ``task_name`` is recorded for tables."""
+def run_once(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    task_name: str = "",
+    begin: Callable[[], None] | None = None,
+) -> RunResult:
+    """One seed, without report. ``task_name`` is recorded for tables; ``begin`` is that of :func:`run`."""
     if config.seeds < 1:
         raise ConfigError(f"RunConfig.seeds = {config.seeds!r}: must be at least 1.")
     out = Path(config.out)
@@ -112,6 +122,7 @@ def run_once(config: RunConfig, *, resume: bool = False, progress: bool = True, 
         workers=chosen.workers,
         run_info={"plugin": config.plugin, "config": config.to_dict(), "plan": plan.to_dict(), "metadata": metadata},
         progress=progress,
+        begin=begin,
     )
 
 

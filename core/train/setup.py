@@ -1,9 +1,8 @@
-"""What the loop needs before its first step: devices, checks of the recipe against the data, mixup."""
+"""What the loop needs before its first step: devices, and checks of the recipe against the data."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -19,13 +18,11 @@ from peft_suite.errors import ConfigError, DataError
 from peft_suite.train.config import Recipe
 from peft_suite.train.contracts import DataSplits
 from peft_suite.train.evaluation import pick_device
-from peft_suite.train.task import Classification, Task
 
 __all__ = [
     "Restartable",
     "check_recipe",
     "make_accelerator",
-    "make_mixup",
     "restored_forward",
     "set_epoch",
     "train_split",
@@ -54,7 +51,10 @@ def check_recipe(recipe: Recipe, data: DataSplits) -> None:
     if recipe.select == "val" and data.val is None:
         why = str(data.info.get("no_validation", ""))
         advice = (
-            "Take the last epoch: recipe.select=last." if why else "Set data.val_fraction=0.2 or recipe.select=last."
+            "Take the last epoch: recipe.select=last."
+            if why
+            else "Set data.val_fraction=0.2, which holds out a share of every class that has two samples or more, or "
+            "recipe.select=last."
         )
         raise ConfigError(f"Recipe.select = 'val', but there is no validation data. {why}{' ' * bool(why)}{advice}")
     if recipe.select == "test" and data.test is None:
@@ -83,27 +83,6 @@ def make_accelerator(recipe: Recipe, device: str, out: Path) -> Accelerator:
             log_with="tensorboard" if recipe.tracker == "tensorboard" else None,
             project_dir=out,
         )
-
-
-def make_mixup(recipe: Recipe, task: Task, multi_label: bool) -> Any:
-    if not recipe.mixup and not recipe.cutmix:
-        return None
-    if not isinstance(task, Classification):
-        raise ConfigError("Recipe.mixup and Recipe.cutmix mix class labels; set both to 0 for this task.")
-    try:
-        mixup: Any = importlib.import_module("timm.data").Mixup
-    except ImportError as error:
-        raise ConfigError(
-            "Recipe.mixup and Recipe.cutmix use timm, which is not installed. Run: pip install 'peft-suite[vision]', "
-            "or set both to 0."
-        ) from error
-    return mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        label_smoothing=recipe.label_smoothing,
-        num_classes=len(task.classes),
-        **({"multi_label": True} if multi_label else {}),
-    )
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from peft_suite.errors import DataError
@@ -14,8 +14,13 @@ __all__ = ["digest_of", "hold_out", "refuse_unusable"]
 S = TypeVar("S")
 
 
-def hold_out(groups: Mapping[int, Sequence[S]], fraction: float, seed: str) -> tuple[list[S], list[S]]:
-    """(held, left): ``fraction`` of every class, drawn by ``seed``; at least one sample of a class stays."""
+def hold_out(
+    groups: Mapping[int, Sequence[S]], fraction: float, seed: str, labels: Callable[[S], Sequence[int]] | None = None
+) -> tuple[list[S], list[S]]:
+    """(held, left): ``fraction`` of every class, drawn by ``seed``; at least one sample of a class stays.
+
+    ``labels`` are all classes of a sample, where it may have several and is grouped by one of them.
+    """
     held: list[S] = []
     left: list[S] = []
     for label, group in groups.items():
@@ -24,7 +29,17 @@ def hold_out(groups: Mapping[int, Sequence[S]], fraction: float, seed: str) -> t
         count = min(len(group) - 1, max(1, round(fraction * len(group))))
         held += shuffled[:count]
         left += shuffled[count:]
-    return held, left
+    if labels is None:
+        return held, left
+    seen = {label for sample in left for label in labels(sample)}
+    kept: list[S] = []
+    for sample in held:
+        if seen.issuperset(labels(sample)):
+            kept.append(sample)
+        else:
+            left.append(sample)
+            seen.update(labels(sample))
+    return kept, left
 
 
 def refuse_unusable(bad: Sequence[tuple[str, str]], total: int, split: str, what: str) -> None:

@@ -130,7 +130,7 @@ def table(rows: Sequence[Mapping[str, Any]], folds: Sequence[str]) -> dict[str, 
 
 
 def _told(base: RunConfig, method: str) -> list[tuple[str, str]]:
-    from peft_suite.report.page import facts
+    from peft_suite.report.rendering import facts
 
     recipe = base.recipe
     return facts(

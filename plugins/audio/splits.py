@@ -45,7 +45,8 @@ def arrange(config: AudioDataConfig) -> Listing:
     for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if split not in listing.splits and fraction and listing.splits.get("train"):
             groups = _groups(listing.splits["train"], _class_of(listing.splits["train"]))
-            held, train = splitting.hold_out(groups, fraction, f"{split}/{config.split_seed}")
+            seed = f"{split}/{config.split_seed}"
+            held, train = splitting.hold_out(groups, fraction, seed, lambda sample: sample.labels)
             if held:
                 listing.splits[split], listing.splits["train"] = held, train
     seen = {label for sample in listing.splits.get("train", ()) for label in sample.labels}

@@ -55,6 +55,11 @@ def read_csv(config: AudioDataConfig) -> Listing:
             labels = _labels(row[label], config)
             if not labels and not config.is_multi:
                 raise DataError(f"{where}: the column {label!r} is empty.")
+            if not config.is_multi and ";" in row[label] and row[label] not in config.classes:
+                raise DataError(
+                    f"{where}: the label {row[label]!r} looks like several. Set data.multi_label=true, which separates "
+                    "them at ';', or, if it is the name of one class, list all classes in data.classes."
+                )
             name = split or (_split(row[parts], config, where) if parts and not by_fold else "train")
             number_of = _fold(row[fold], where) if fold else 0
             found.setdefault(name, []).append((row[path], labels, row[speaker] if speaker else "", number_of))

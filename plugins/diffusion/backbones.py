@@ -70,6 +70,8 @@ class DiffusionBackbones:
             model: Any = micro.build(pretrained=pretrained and not checkpoint, **fields)
             if checkpoint:
                 _fill(model, checkpoint)
+            if dtype := _dtype(options.get("dtype")):
+                model.to(dtype)
             model.suite_facts = {**micro.preprocessing(), "size": model.config.sample_size}
         else:
             model = _open(name, pretrained, checkpoint, options)
@@ -113,10 +115,14 @@ class DiffusionBackbones:
         """A plain pipeline folder: ``DiffusionPipeline.from_pretrained(out)`` reads it.
 
         ``peft_suite.json`` in it lets this package open it again.
+
+        Raises:
+            StorageError: the folder holds something else, or cannot be written.
+            MergeError: the model has tensors that its configuration has no place for.
         """
         import tempfile
 
-        from peft_suite.diffusion.pipelines import write_pipeline
+        from peft_suite.diffusion.writing import facts_of, write_pipeline
         from peft_suite.errors import StorageError
         from peft_suite.storage import write_json
         from peft_suite.train.opening import MERGED
@@ -129,7 +135,7 @@ class DiffusionBackbones:
             out.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
                 folder = Path(temporary) / "pipeline"
-                write_pipeline(opened.model, opened.metadata["preprocessing"], folder)
+                write_pipeline(opened.model, facts_of(opened), folder)
                 write_json(folder / MERGED, metadata)
                 for file in sorted(p for p in folder.rglob("*") if p.is_file()):
                     place = out / file.relative_to(folder)
@@ -154,42 +160,27 @@ def _open(name: str, pretrained: bool, checkpoint: str, options: dict[str, Any])
     path = pipelines.locate(name if weights else checkpoint or name)
     dtype = _dtype(options.get("dtype"))
     config = str(options.get("config") or "")
+    folder = path  # where the configurations are
     if pipelines.is_single_file(path):
-        component = str(options.get("component") or "") or _denoiser_of_file(path)
-    else:
-        index = pipelines.index_of(path)
-        component = pipelines.pick_component(index, str(options.get("component") or ""), path)
-        if "vqvae" in index:
-            raise UnsupportedError(
-                f"{path} has discrete latents (vqvae), which are not trained here. Use one with a vae."
-            )
+        folder = pipelines.single_config(path, config).resolve()
+        config = str(folder)
+    index = pipelines.index_of(folder)
+    component = pipelines.pick_component(index, str(options.get("component") or ""), folder)
+    if "vqvae" in index:
+        raise UnsupportedError(f"{path} has discrete latents (vqvae), which are not trained here. Use one with a vae.")
     model, scheduler = pipelines.load_component(
-        path, component, pretrained=pretrained, dtype=dtype, config=config, weights=weights
+        path, component, pretrained=pretrained or bool(checkpoint), dtype=dtype, config=config, weights=weights
     )
-    if component == "text_encoder" and not pipelines.is_single_file(path):
-        model.suite_tokenizer = pipelines.load_tokenizer(path)
+    if component == "text_encoder":
+        model.suite_tokenizer = pipelines.load_tokenizer(folder)
     model.suite_facts = {
         "pipeline": str(path.resolve()),
         "config": config,
         "component": component,
         "scheduler": {k: v for k, v in dict(scheduler).items() if k != "_diffusers_version"},
-        **_facts(model, path, component, options.get("null")),
+        **_facts(model, folder, component, options.get("null")),
     }
     return model
-
-
-def _denoiser_of_file(path: Path) -> str:
-    """ "transformer" for SD3 and FLUX files, by their keys."""
-    if path.suffix.lower() != ".safetensors":
-        return "unet"
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            keys = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise FileFormatError(f"{path} cannot be read as a checkpoint: {error}.") from error
-    return "transformer" if any("joint_blocks" in k or "double_blocks" in k for k in keys) else "unet"
 
 
 def _facts(model: Any, path: Path, component: str, null: int | None) -> dict[str, Any]:
@@ -198,7 +189,7 @@ def _facts(model: Any, path: Path, component: str, null: int | None) -> dict[str
 
     from peft_suite.diffusion import pipelines
 
-    if component.startswith("text_encoder") and not pipelines.is_single_file(path):
+    if component.startswith("text_encoder"):
         denoiser = pipelines.pick_component(pipelines.index_of(path), "", path)
         config = json.loads((path / denoiser / "config.json").read_text("utf-8"))
         kind = str(config["_class_name"])
@@ -248,8 +239,6 @@ def _autoencoder(path: Path) -> Mapping[str, Any]:
     import json
 
     file = path / "vae" / "config.json"
-    if path.is_file():  # single files are those of latent models with these
-        return {"block_out_channels": [128, 256, 512, 512], "in_channels": 3}
     config: Mapping[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return config
 

@@ -17,6 +17,7 @@ from peft_suite.train.task import Outcome
 __all__ = ["CALLS", "Denoising", "denoise", "pack", "unpack"]
 
 Inputs = Mapping[str, Any]
+_CAST = ("sample", "encoder_hidden_states", "text_embeds", "pooled_projections")
 QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the noise levels, the least noise first
 
 
@@ -118,8 +119,12 @@ class Denoising:
 
 
 def denoise(model: nn.Module, kind: str, inputs: Inputs) -> Tensor:
-    """Run a denoiser of class ``kind`` and take its sample; of predicted variances only the mean is kept."""
-    output: Tensor = CALLS[kind](model, inputs)
+    """Run a denoiser of class ``kind`` and take its sample; of predicted variances only the mean is kept.
+
+    Latents and embeddings take the dtype of the frozen weights, as in diffusers' scripts; times and sizes keep theirs.
+    """
+    dtype = next(model.parameters()).dtype
+    output: Tensor = CALLS[kind](model, {k: v.to(dtype) if k in _CAST else v for k, v in inputs.items()})
     channels = inputs["sample"].shape[1]
     return output[:, :channels] if output.shape[1] == 2 * channels else output
 

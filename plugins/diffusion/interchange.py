@@ -30,7 +30,8 @@ from peft_suite.errors import UnsupportedError, closest
 from peft_suite.files import only_name
 from peft_suite.lifecycle import install, prepare
 from peft_suite.method import make_method
-from peft_suite.methods.lora import LoRAConfig, LowRank
+from peft_suite.methods.lora import LoRAConfig
+from peft_suite.methods.lora_parts import LowRank
 from peft_suite.storage import write_bytes
 
 __all__ = ["FILE", "attach_lora", "load_lora", "save_lora", "to_lora"]

@@ -14,7 +14,7 @@ from peft_suite.edits import Edit, copies_first
 from peft_suite.errors import UnsupportedError
 from peft_suite.files import only_name
 from peft_suite.merging import folds
-from peft_suite.methods.lora import LowRank, WeightLoRA
+from peft_suite.methods.lora_parts import LowRank, WeightLoRA
 
 __all__ = ["Approximation", "Factors", "changing", "factors_of", "to_lora"]
 

@@ -263,7 +263,9 @@ class Search:
             found = next((r for r in rows if r["number"] == number and r["values"]), None)
         if found is None:
             known = ", ".join(str(r["number"]) for r in front(rows, self.objectives)) or "none yet"
-            raise ConfigError(f"There is no finished trial {'' if number is None else number}. On the front: {known}.")
+            failed = next((f" Trial {r['number']} failed: {r['error']}" for r in rows if "error" in r), "")
+            which = "" if number is None else f" {number}"
+            raise ConfigError(f"There is no finished trial{which}. On the front: {known}.{failed}")
         return Trial(found["number"], tuple(found["mask"]), found["learning_rate"], self.groups)
 
     def write(self, *, picture: bool = True) -> None:

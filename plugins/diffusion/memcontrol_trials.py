@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import peft_suite as ps
-from peft_suite.diffusion.assembling import EMPTY
+from peft_suite.diffusion.conditioning import EMPTY
 from peft_suite.diffusion.denoising import Denoising
 from peft_suite.diffusion.drawing import Draws
 from peft_suite.diffusion.memcontrol import Group, Trial, clear, groups_of, live_groups, masked
-from peft_suite.diffusion.metrics import conditional_norms, copied, frechet, norm_scores
+from peft_suite.diffusion.metrics import check_tiles, conditional_norms, copied, frechet, norm_scores
 from peft_suite.diffusion.networks import Network
 from peft_suite.errors import ConfigError, UnknownNameError
 from peft_suite.plugins import find_plugin
-from peft_suite.train.config import RunConfig
+from peft_suite.train.config import Recipe, RunConfig
 from peft_suite.train.evaluation import evaluate, pick_device
 from peft_suite.train.loop import fit
 from peft_suite.train.running import data_config, open_plugin
@@ -117,6 +117,11 @@ class Measures:
             raise ConfigError("The objective 'frechet' needs --features: a judge's file, inception:FILE, or pixels.")
         if {"loss", "frechet"} & set(objectives) and self.data.val is None:
             raise ConfigError("Quality is measured on held-out images, and there are none. Set data.val_fraction=0.2.")
+        if {"copies", "frechet"} & set(objectives) and hasattr(self.shown, "group"):
+            raise ConfigError("Drawn images are compared with images of one size. Leave data.buckets out.")
+        if "copies" in objectives:
+            _, height, width, channels = _pictures(self.shown.whole, self.shown.kept[:1]).shape
+            check_tiles(height, width, channels, self.threshold)
 
     @torch.no_grad()
     def of(self, model: nn.Module, objectives: Sequence[str]) -> dict[str, float]:
@@ -218,6 +223,7 @@ class FineTuning:
         self.shown = Share(self.data.train, share, base.seed)
         self.data = copy.copy(self.data)
         self.data.train, self.data.test = self.shown, None  # the test images stay unseen
+        facts = self.data.info["preprocessing"]  # with the size that the data have
         self.measures = Measures(
             self.data, self.shown, facts, network=network, seed=base.seed, device=base.device, **measured
         )
@@ -228,7 +234,7 @@ class FineTuning:
             "backbone": {**one.to_dict(), "num_outputs": len(classes)},
             "classes": list(classes),
             "multi_label": False,
-            "preprocessing": self.data.info.get("preprocessing", facts),
+            "preprocessing": facts,
             "data_config": chosen.to_dict(),
         }
 
@@ -244,6 +250,7 @@ class FineTuning:
             "recipe": recipe,
             "network": self.measures.network.facts() if self.measures.network else None,
             "drawn": {"images": self.measures.images, "steps": self.measures.steps, "guidance": self.measures.guidance},
+            **({"threshold": self.measures.threshold} if "copies" in self.own else {}),
         }
 
     def __call__(self, trial: Trial) -> dict[str, Any]:
@@ -271,14 +278,18 @@ class FineTuning:
         """The masked method, for training on all the data."""
         return masked(self.base.spec, trial.off, self.containing)
 
+    def recipe_of(self, trial: Trial) -> Recipe:
+        """The recipe with the learning rate of a trial; without validation images it takes the last epoch."""
+        select = "last" if self.base.recipe.select == "val" and self.data.val is None else self.base.recipe.select
+        return self.base.recipe.replace(lr=trial.learning_rate, select=select)
+
     def _train(self, trial: Trial, out: Path) -> int:
         spec = self.spec_of(trial)
         plan = ps.plan(self.model, spec)
         ps.adapt(self.model, spec)
         config = self.base.replace(method=spec, out=str(out), data={**self.base.data, "pictures": 0}).to_dict()
-        recipe = self.base.recipe.replace(
-            lr=trial.learning_rate, select="val" if self.data.val is not None else "last", checkpoint_every=0
-        )
+        select = "val" if self.data.val is not None else "last"
+        recipe = self.recipe_of(trial).replace(select=select, checkpoint_every=0)
         fit(
             self.model,
             self.data,

@@ -117,7 +117,7 @@ def memcontrol(
 
         final = base.replace(
             method=tuning.spec_of(chosen),
-            recipe=base.recipe.replace(lr=chosen.learning_rate),
+            recipe=tuning.recipe_of(chosen),
             out=str(out / f"trial-{chosen.number}"),
         )
         file = write_text(out / "best.yaml", dump(final))

@@ -17,6 +17,7 @@ from peft_suite.diffusion.denoising import denoise
 from peft_suite.errors import ConfigError, DataError
 
 __all__ = [
+    "check_tiles",
     "conditional_norms",
     "copied",
     "frechet",
@@ -174,7 +175,8 @@ def copied(images: Tensor, train: Tensor, *, threshold: float = NEAR, tiles: int
     Raises:
         ConfigError: on images of this size everything is nearer than the threshold.
     """
-    _possible(images, threshold, tiles)
+    height, width, channels = images.shape[1:]
+    check_tiles(height, width, channels, threshold, tiles)
     return float((tile_distance(images, train, tiles).amin(1) < threshold).double().mean())
 
 
@@ -189,7 +191,8 @@ def remembered(
     Returns:
         ``group``: size of the largest group, ``memorised``, and with ``train`` also ``extracted``.
     """
-    _possible(images, threshold, tiles)
+    height, width, channels = images.shape[1:]
+    check_tiles(height, width, channels, threshold, tiles)
     near = tile_distance(images, images, tiles) < threshold
     left, groups = set(range(len(images))), []
     while left:
@@ -208,8 +211,8 @@ def remembered(
     return result
 
 
-def _possible(images: Tensor, threshold: float, tiles: int) -> None:
-    _, height, width, channels = images.shape
+def check_tiles(height: int, width: int, channels: int, threshold: float, tiles: int = TILES) -> None:
+    """Raise ConfigError for a threshold that everything of this size is nearer than."""
     most = math.sqrt(height / tiles * (width / tiles) * channels)
     if threshold >= most:
         raise ConfigError(

@@ -11,7 +11,6 @@ from torch import nn
 from peft_suite.diffusion import sampling
 from peft_suite.diffusion.data import DiffusionDataConfig
 from peft_suite.diffusion.listing import Listing
-from peft_suite.diffusion.pipelines import open_with
 from peft_suite.storage import atomic
 
 __all__ = ["sheet"]
@@ -44,7 +43,9 @@ def sheet(
         prompts = list(config.validation_prompt) or _captions(listing, condition)
         side = config.resolution or int(facts["size"])
         options |= {"prompts": prompts, "guidance": guidance, "size": side, "batch_size": 4}
-        options["pipeline"] = condition.pipeline(model) if hasattr(condition, "pipeline") else open_with(model, facts)
+        options["pipeline"] = (
+            condition.pipeline(model) if hasattr(condition, "pipeline") else sampling.open_pipeline(model, facts)
+        )
         columns, title = len(prompts), " / ".join(prompts)
         count = max(1, count // columns) * columns
     images = sampling.sample(model, facts, count, **options)

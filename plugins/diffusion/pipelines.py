@@ -24,10 +24,9 @@ __all__ = [
     "load_rest",
     "load_tokenizer",
     "locate",
-    "open_with",
     "quiet",
     "scheduler_config",
-    "write_pipeline",
+    "single_config",
 ]
 
 COMPONENTS = ("unet", "transformer", "text_encoder")
@@ -126,7 +125,7 @@ def load_component(
         FileFormatError: missing or damaged files.
     """
     if is_single_file(path):
-        pipeline = open_single(path, config, dtype)
+        pipeline = open_single(path, single_config(path, config), dtype)
         module = getattr(pipeline, component, None)
         if module is None:
             raise UnknownNameError("component", component, [c for c in COMPONENTS if hasattr(pipeline, c)])
@@ -175,32 +174,57 @@ def scheduler_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def open_single(path: Path, config: str = "", dtype: Any = None) -> Any:
-    """The pipeline of a single-file checkpoint.
+def single_config(path: Path, config: str = "") -> Path:
+    """The pipeline folder with the configuration of a single file: ``config``, or the one of its kind, if it is here.
+
+    diffusers itself would download what it does not find, also where it is told to read local files only.
 
     Raises:
-        FileFormatError: diffusers does not know its keys, or the configuration is not here.
+        ConfigError: it is not here.
+        FileFormatError: the file is damaged.
     """
-    import diffusers
-    import torch
     from diffusers.loaders import single_file_utils
 
+    if config:
+        return locate(config)
     reading: Any = single_file_utils
     try:
-        kind = reading.infer_diffusers_model_type(reading.load_single_file_checkpoint(str(path), local_files_only=True))
+        checkpoint = reading.load_single_file_checkpoint(str(path), local_files_only=True)
+        name = str(reading.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"])
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise FileFormatError(f"{path} cannot be read as a checkpoint: {_short(error)}") from error
-    names = (("xl", "StableDiffusionXLPipeline"), ("sd3", "StableDiffusion3Pipeline"), ("flux", "FluxPipeline"))
-    name = next((n for start, n in names if kind.startswith(start)), "StableDiffusionPipeline")
-    own = {"config": config} if config else {}
-    unused = _UNUSED if name == "StableDiffusionPipeline" else {}
     try:
-        return getattr(diffusers, name).from_single_file(
-            str(path), local_files_only=True, torch_dtype=dtype or torch.float32, **own, **unused
-        )
-    except Exception as error:
-        advice = "" if config else " Give the folder of its configuration: backbone.options.config=PATH."
-        raise FileFormatError(f"{path} ({kind}) cannot be opened by {name}: {_short(error)}{advice}") from error
+        return locate(name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} holds weights only, and their configuration, that of {name}, is not here; nothing is downloaded "
+            f"by itself. Give the folder of a pipeline like it, backbone.options.config=FOLDER, or fetch it: "
+            f"hf download {name} --exclude '*.safetensors' --exclude '*.bin' --exclude '*.ckpt'"
+        ) from error
+
+
+def open_single(path: Path, config: Path, dtype: Any = None) -> Any:
+    """The pipeline of a single-file checkpoint, of the class that the folder ``config`` names.
+
+    Raises:
+        FileFormatError: diffusers does not know its keys, or it lacks components.
+    """
+    import torch
+
+    index = index_of(config)
+    name = str(index.get("_class_name"))
+    unused = {k: v for k, v in _UNUSED.items() if k in index}
+    try:
+        with quiet():
+            return _class("diffusers", name).from_single_file(
+                str(path), config=str(config), local_files_only=True, torch_dtype=dtype or torch.float32, **unused
+            )
+    except Exception as error:  # whatever other keys and shapes make the converters raise
+        raise FileFormatError(
+            f"{path} cannot be opened as the {name} of {config}: {_short(error)} Is the configuration that of this "
+            "model? A file with one component only goes beside the folder of all others: --backbone FOLDER "
+            "--checkpoint FILE."
+        ) from error
 
 
 def load_rest(facts: Mapping[str, Any], without: Sequence[str] = (), **given: Any) -> Any:
@@ -214,7 +238,7 @@ def load_rest(facts: Mapping[str, Any], without: Sequence[str] = (), **given: An
     cls: Any = diffusers.DiffusionPipeline
     path = Path(str(facts["pipeline"]))
     if is_single_file(path):
-        pipeline = open_single(path, str(facts.get("config") or ""))
+        pipeline = open_single(path, single_config(path, str(facts.get("config") or "")))
         pipeline.register_modules(**{**dict.fromkeys(n for n in without if hasattr(pipeline, n)), **given})
         return pipeline
     index = index_of(locate(str(path)))
@@ -244,31 +268,6 @@ def load_tokenizer(path: Path) -> Any:
     tokenizer = _class(*index["tokenizer"]).from_pretrained(path / "tokenizer", local_files_only=True)
     check_tokenizer(tokenizer, str(path))
     return tokenizer
-
-
-def open_with(model: Any, facts: Mapping[str, Any]) -> Any:
-    """The pipeline with ``model`` in its component's place, on its device; a word that it has learnt is known.
-
-    Raises:
-        FileFormatError: missing or damaged files.
-    """
-    learned = {"tokenizer": model.suite_tokenizer} if facts.get("placeholder") else {}
-    return load_rest(facts, **{str(facts["component"]): model}, **learned).to(next(model.parameters()).device)
-
-
-def write_pipeline(model: Any, facts: Mapping[str, Any], folder: Path) -> None:
-    """A plain pipeline folder with ``model`` in its component's place; a bare UNet becomes a DDPM pipeline."""
-    if facts.get("pipeline"):
-        with quiet():
-            open_with(model, facts).save_pretrained(folder)
-        return
-    import diffusers
-
-    config = {k: v for k, v in facts["scheduler"].items() if not k.startswith("_")}
-    scheduler = getattr(diffusers, str(facts["scheduler"]["_class_name"])).from_config(config)
-    cls: Any = diffusers.DDPMPipeline
-    with quiet():
-        cls(unet=model, scheduler=scheduler).save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -107,12 +107,13 @@ def opened(plugin: Plugin, source: str, checkpoint: str = "") -> tuple[nn.Module
     """
     import torch
 
+    from peft_suite.diffusion.writing import facts_of
     from peft_suite.train.opening import MERGED, open_adapter
 
     path = Path(source)
     if any((path / name).is_file() for name in ("adapter_model.safetensors", "adapter_config.json", MERGED)):
         found = open_adapter(path, plugin=plugin, checkpoint=checkpoint)
-        return found.model, found.metadata["preprocessing"], found.classes
+        return found.model, facts_of(found), found.classes
     backbones = resolve(plugin.backbones, plugin)
     torch.manual_seed(0)
     model = backbones.build(source, 0, pretrained=True, checkpoint=checkpoint, options={})

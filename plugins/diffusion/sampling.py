@@ -29,6 +29,7 @@ __all__ = ["SAMPLERS", "at_strength", "grid", "noise_of", "open_pipeline", "samp
 
 Step = Callable[[int, int], None]
 SAMPLERS = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler", "ddpm": "DDPMScheduler"}
+_NONE = 1000  # the null class of DiT on ImageNet, written into diffusers' pipeline
 _TILE = 32  # pixels that an image of a grid has at least
 
 
@@ -73,6 +74,13 @@ def sample(
     kind = str(facts.get("kind") or "unconditional")
     wanted = _conditions(facts, kind, n, classes, prompts)
     if pipeline is not None or _needs_pipeline(facts, kind):
+        if kind == "text":
+            size = size or int(facts.get("size") or 0)
+        elif guidance > 1 and kind == "class" and facts.get("null") != _NONE:
+            raise ConfigError(
+                f"guidance = {guidance:g}: DiTPipeline takes class {_NONE} for no class, and that of this model is "
+                f"{facts.get('null')}. Take 1."
+            )
         pipe = pipeline if pipeline is not None else open_pipeline(model, facts)
         return _piped(pipe, kind, wanted, steps, guidance, seed, batch_size, sampler, size, each)
     if kind == "text":
@@ -183,18 +191,23 @@ def _denoised(
 
 
 def open_pipeline(model: nn.Module, facts: Mapping[str, Any]) -> Any:
-    """The pipeline of ``facts["pipeline"]`` with ``model`` in the place of its component.
+    """The pipeline of ``facts["pipeline"]`` with ``model`` in the place of its component; the others take its dtype.
 
     Raises:
         ConfigError: there is no pipeline.
         FileFormatError: it cannot be read.
     """
-    from peft_suite.diffusion.pipelines import load_rest
+    from peft_suite.diffusion.writing import open_with
 
     if not facts.get("pipeline"):
         raise ConfigError("The backbone is a component without a pipeline. Give a diffusers folder (--checkpoint DIR).")
-    parameter = next(model.parameters())
-    return load_rest(facts, (), **{str(facts["component"]): model}).to(parameter.device, parameter.dtype)
+    pipe = open_with(model, facts)
+    dtype = next(model.parameters()).dtype
+    for part in pipe.components.values():
+        other = isinstance(part, nn.Module) and part is not model  # the adapter keeps its own dtype
+        if other and next(part.parameters()).dtype != dtype:
+            part.to(dtype)
+    return pipe
 
 
 def _piped(

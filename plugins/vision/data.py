@@ -289,7 +289,8 @@ def _hold_out(listing: Listing, config: ImageDataConfig) -> None:
     for split, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if split in listing.splits or not fraction:
             continue
-        held, train = splitting.hold_out(_groups(listing.splits["train"]), fraction, f"{split}/{config.split_seed}")
+        groups, seed = _groups(listing.splits["train"]), f"{split}/{config.split_seed}"
+        held, train = splitting.hold_out(groups, fraction, seed, lambda sample: sample.labels)
         if held:
             listing.splits[split] = held
             listing.splits["train"] = train

@@ -100,8 +100,24 @@ def test_several_labels(tmp_path: Path) -> None:
     assert splits.train[0][1].tolist() == [1, 0, 1] and splits.train[2][1].tolist() == [0, 0, 0]
     (tmp_path / "bar.csv").write_text("path,label\n0.wav,a|b\n1.wav,b\n")
     assert source.classes(config(tmp_path / "bar.csv", label_separator="|")) == (("a", "b"), True)
-    with pytest.raises(DataError, match=r"line 4: the column 'label' is empty"):
+    with pytest.raises(
+        DataError, match=r"line 2: the label 'rain;wind' looks like several. Set data\.multi_label=true"
+    ):
         source.classes(config(file))
+    (tmp_path / "empty.csv").write_text("path,label\n0.wav,rain\n1.wav,rain\n2.wav,\n")
+    with pytest.raises(DataError, match=r"line 4: the column 'label' is empty"):
+        source.classes(config(tmp_path / "empty.csv"))
+    (tmp_path / "one.csv").write_text("path,label\n0.wav,a;b\n1.wav,c\n")
+    assert source.classes(config(tmp_path / "one.csv", classes=("c", "a;b"))) == (("c", "a;b"), False)
+
+
+@pytest.mark.parametrize("seed", [12, 14, 15])  # draws that hold out both sounds of rain
+def test_the_last_sound_of_a_class_stays_in_train(tmp_path: Path, seed: int) -> None:
+    rows = ["0.wav,rain;sea", "1.wav,sea", "2.wav,rain;tram", "3.wav,tram", "4.wav,rain;wind", "5.wav,wind"]
+    file = made.table(tmp_path / "list.csv", rows)
+    listing = arrange(config(file, multi_label=True, val_fraction=0.5, split_seed=seed))
+    assert {label for s in listing.splits["train"] for label in s.labels} == {0, 1, 2, 3}
+    assert sizes(listing) == {"train": 4, "val": 2}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,22 @@ def test_a_finished_run_is_never_replaced_by_accident(trained: Path) -> None:
     assert "another configuration" in changed.stderr
     call(*words, "--resume", "--overwrite", code=2)
     assert (trained / "run.json").read_bytes() == before
+
+
+def test_a_refused_run_leaves_the_folder_as_it_was(trained: Path, photos: Path, tmp_path: Path) -> None:
+    words = ("vision", "train", *SHORT, "data.val_fraction=0.0", "data.test_fraction=0.0")
+    refused = (*words, "--data", photos)  # nothing to select by
+    assert "val_fraction" in call(*refused, "--out", tmp_path / "new", code=1).stderr
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(trained, tmp_path / "old")
+    before = {p: p.read_bytes() for p in (tmp_path / "old").rglob("*") if p.is_file()}
+    call(*refused, "--out", tmp_path / "old", "--overwrite", code=1)
+    assert {p: p.read_bytes() for p in (tmp_path / "old").rglob("*") if p.is_file()} == before
+
+
+def test_plan_takes_the_same_words_as_train() -> None:
+    shown = call("vision", "plan", "--backbone", "micro-vit", "--no-pretrained", "--method", "lora(rank=2)", "--json")
+    assert json.loads(shown.stdout)["trainable"] > 0
 
 
 def test_ctrl_c_says_how_to_go_on_and_resume_does(tmp_path: Path, monkeypatch: Any) -> None:

@@ -67,6 +67,8 @@ def test_any_torch_optimizer_and_clear_refusals():
         build_optimizer(model, RECIPE.replace(optimizer="adamv"))
     with pytest.raises(ConfigError, match="cannot be imported"):
         build_optimizer(model, RECIPE.replace(optimizer="torch.optim:Nothing"))
+    with pytest.raises(ConfigError, match="pip install no_such_package"):
+        build_optimizer(model, RECIPE.replace(optimizer="no_such_package.optim:AdamW8bit"))
     with pytest.raises(TrainingError, match="no trainable parameter"):
         build_optimizer(model.requires_grad_(False), RECIPE)
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from train_material import RECIPE, adapted, register_textures, run_config, splits
 
 import peft_suite.train.state as state
@@ -145,8 +147,11 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path):
-    """Global batch 16, last batch of 10, 2 processes on gloo; dropout off (each process would draw its own)."""
-    options = {"dropout": 0.0, "recipe": {"class_weights": "balanced", "accumulate": 2, "clip_norm": 1.0}}
+    """Global batch 16, last batch of 10, 2 processes on gloo; dropout off (each process would draw its own).
+
+    The average of the trained values is what is evaluated, on each process its own part, and what is saved.
+    """
+    options = {"dropout": 0.0, "recipe": {"class_weights": "balanced", "accumulate": 2, "clip_norm": 1.0, "ema": 0.9}}
     one = child(tmp_path / "one", **options)
     two = child(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", **options)
     assert one.returncode == 0, one.stderr
@@ -158,6 +163,9 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
         assert y["val"] == pytest.approx(x["val"], rel=1e-4)
     assert b["final"]["test"] == pytest.approx(a["final"]["test"], rel=1e-4)
     assert b["confusion"] == a["confusion"]
+    x, y = (load_file(next((tmp_path / name / "adapter").glob("*.safetensors"))) for name in ("one", "two"))
+    for key, value in x.items():
+        torch.testing.assert_close(y[key], value, rtol=1e-4, atol=1e-6)
 
 
 # ---- orchestration -----------------------------------------------------------------------------------------------

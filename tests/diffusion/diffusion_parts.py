@@ -183,6 +183,68 @@ def tiny_pipeline(folder: str | Path | None = None, *, small: bool = True, seed:
     return pipeline
 
 
+def tiny_t5(width: int = 32) -> tuple[Any, Any]:
+    """A T5 encoder and a tokenizer of single characters."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    letters = ["\u2581", *map(chr, range(33, 127))]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in letters)]
+    config = T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=4)
+    return T5EncoderModel(config).eval(), T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=32)
+
+
+def tiny_family(kind: str, folder: str | Path, seed: int = 0) -> Path:
+    """A whole pipeline with random weights in ``folder``: "sdxl", "sd3", "flux" or "dit" (3 classes)."""
+    import diffusers
+    from transformers import CLIPTextModelWithProjection
+
+    def projecting(width: int = 16) -> Any:
+        config = tiny_text_encoder().config
+        config.projection_dim = width
+        return CLIPTextModelWithProjection(config).eval()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = tiny_vae((8, 16), groups=2)
+        one, two = {"tokenizer": tiny_tokenizer()}, {"tokenizer_2": tiny_tokenizer()}
+        flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if kind in ("sd3", "flux"):
+            vae.register_to_config(shift_factor=0.1)
+        if kind == "sdxl":
+            unet = tiny_unet(
+                (8, 16),
+                groups=2,
+                condition=64,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 16,
+            )
+            encoders = {"text_encoder": tiny_text_encoder(), "text_encoder_2": projecting()}
+            scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear")
+            pipe = diffusers.StableDiffusionXLPipeline(
+                vae=vae, unet=unet, scheduler=scheduler, **encoders, **one, **two
+            )
+        elif kind == "sd3":
+            third, tokenizer = tiny_t5(64)
+            encoders = {"text_encoder": projecting(), "text_encoder_2": projecting(), "text_encoder_3": third}
+            transformer = tiny_sd3(layers=2, joint_attention_dim=64, pooled_projection_dim=32)
+            pipe = diffusers.StableDiffusion3Pipeline(
+                transformer=transformer, scheduler=flow, vae=vae, tokenizer_3=tokenizer, **encoders, **one, **two
+            )
+        elif kind == "flux":
+            second, tokenizer = tiny_t5()
+            encoders = {"text_encoder": tiny_text_encoder(), "text_encoder_2": second, "tokenizer_2": tokenizer}
+            pipe = diffusers.FluxPipeline(
+                scheduler=flow, vae=vae, transformer=tiny_flux(in_channels=16), **encoders, **one
+            )
+        else:
+            dit = tiny_dit(in_channels=4, out_channels=8, num_embeds_ada_norm=3)
+            names = dict(enumerate("abc"))
+            pipe = diffusers.DiTPipeline(dit, vae, diffusers.DDIMScheduler(), id2label=names)
+    pipe.save_pretrained(str(folder))
+    return Path(folder)
+
+
 def draw(pipeline: Any, prompt: str = "a dog", *, steps: int = 2, side: int = 32, seed: int = 0, **options: Any) -> Any:
     """One image as ``[H, W, C]`` numbers in 0..1, always the same for the same weights."""
     noise = torch.Generator("cpu").manual_seed(seed)

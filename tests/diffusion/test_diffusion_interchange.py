@@ -17,7 +17,7 @@ import peft_suite as ps
 from peft_suite.diffusion.interchange import load_lora, save_lora, to_lora
 from peft_suite.diffusion.lora_keys import original_names
 from peft_suite.errors import BackboneMismatchError, FileFormatError, UnsupportedError
-from peft_suite.methods.lora import LowRank
+from peft_suite.methods.lora_parts import LowRank
 
 FILE = "pytorch_lora_weights.safetensors"
 UNET = "lora(rank=4, alpha=6, targets=['*.to_q', '*.to_out.0', '*.conv1', '*.ff.net.2'])"

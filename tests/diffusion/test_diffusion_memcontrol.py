@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from diffusion_data import captioned
+from diffusion_parts import tiny_pipeline
 from torch import nn
 from typer.testing import CliRunner
 
@@ -21,6 +24,7 @@ from peft_suite.diffusion.memcontrol_trials import FineTuning
 from peft_suite.diffusion.pareto import front, knee, table
 from peft_suite.errors import BackboneError, ConfigError, UnknownNameError, UnsupportedError
 from peft_suite.train.config import BackboneConfig, Recipe, RunConfig
+from peft_suite.train.running import run_once
 
 GROUPS = tuple(Group(name, name) for name in ("a", "b", "c"))
 
@@ -357,7 +361,10 @@ def test_what_cannot_be_measured_is_said_before_the_first_trial(tmp_path: Path) 
         FineTuning(base(tmp_path), ("avg_norm", "frechet"))
     with pytest.raises(ConfigError, match="share"):
         FineTuning(base(tmp_path), ("avg_norm", "loss"), share=0.0)
-    tuning = FineTuning(base(tmp_path), ("copies", "loss"))
+    with pytest.raises(ConfigError, match="threshold of 20 takes every image"):
+        FineTuning(base(tmp_path), ("copies", "loss"))
+    tuning = FineTuning(base(tmp_path), ("copies", "loss"), threshold=1.0)
+    assert tuning.facts()["threshold"] == 1.0
     tuning.measures.facts = {**tuning.measures.facts, "kind": "unconditional"}
     with pytest.raises(ConfigError, match="unconditional"):
         tuning.measures.check(("avg_norm", "loss"))
@@ -397,3 +404,23 @@ def test_the_command(tmp_path: Path) -> None:
     assert again.exit_code != 0 and "--resume" in again.output
     bad = runner.invoke(build(), [*command, "--objectives", "loss"])
     assert bad.exit_code != 0 and "at least two" in bad.output
+
+
+def test_best_yaml_trains_as_it_is_without_validation_images(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path / "pipe")
+    captioned(tmp_path / "images", 3)
+    command = ["diffusion", "memcontrol", "--backbone", str(tmp_path / "pipe"), "--data", str(tmp_path / "images")]
+    command += ["--method", "lora(rank=2)", "--objectives", "avg_norm,copies", "--threshold", "1", "--trials", "2"]
+    command += ["--images", "2", "--steps", "1", "--epochs", "1", "--out", str(tmp_path / "search"), "--json"]
+    command += ["data.val_fraction=0", "data.resolution=16", "data.pictures=0"]
+    ran = CliRunner().invoke(build(), command)
+    assert ran.exit_code == 0, ran.output
+    said = json.loads(ran.stdout)
+    assert len(said["pareto"]) >= 1 and all("error" not in row for row in said["pareto"])
+    config = RunConfig.from_dict(yaml.safe_load(Path(said["best"]).read_text()))
+    assert config.recipe.select == "last"
+    result = run_once(config, progress=False)
+    wanted = next(row for row in said["pareto"] if row["number"] == said["chosen"])
+    assert result.record["parameters"]["trainable"] == wanted["trained"]
+    again = CliRunner().invoke(build(), [*command, "--resume", "--threshold", "0.5"])
+    assert again.exit_code != 0 and "threshold was 1.0 and is 0.5" in again.output

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import peft_suite as ps
@@ -56,6 +57,9 @@ REACHED = 2 * 8 * 9 + 8 + 16 + 40 + 72 * 129 + 72 * 73 + 73 * 3
 def net(seed: int = 0) -> Net:
     torch.manual_seed(seed)
     return Net()
+
+
+ALONE = "rank_weight=0, progressive=None"  # chosen entries and nothing else
 
 
 def adapted(method: str = "sara(quantile=0.2)", seed: int = 0, **options: Any) -> tuple[Net, ps.Adapter]:
@@ -169,7 +173,7 @@ def test_ties_are_kept_in_order_and_all_entries_can_train() -> None:
             p.fill_(0.5)
     ps.adapt(model, "sara(budget=100)", anatomy=ANATOMY)
     assert masks(model)["conv.weight"].view(-1).nonzero()[:, 0].tolist() == list(range(100))
-    model, _ = adapted("sara(quantile=1.0)")
+    model, _ = adapted(f"sara(quantile=1.0, {ALONE})")
     assert ps.summary(model).trainable == REACHED
     train(model, adamw(model), 2)
 
@@ -227,7 +231,7 @@ def test_a_threshold_without_weights_says_that_nothing_is_known() -> None:
 
 @pytest.mark.parametrize("own", [0.0, 0.3])
 def test_only_chosen_entries_move_with_weight_decay_on(own: float) -> None:
-    model, adapter = adapted("sara(quantile=0.2, weight_decay=0.5)")
+    model, adapter = adapted(f"sara(quantile=0.2, weight_decay=0.5, {ALONE})")
     start, chosen = base(model), masks(model)
     train(model, adamw(model, decay=own), 4)
     assert all(torch.equal(p, start[n]) for n, p in base(model).items())
@@ -240,7 +244,7 @@ def test_only_chosen_entries_move_with_weight_decay_on(own: float) -> None:
 
 
 def test_it_is_dense_adamw_with_decay_of_the_weights_and_masked_updates() -> None:
-    model, _ = adapted("sara(quantile=0.3, weight_decay=0.4)")
+    model, _ = adapted(f"sara(quantile=0.3, weight_decay=0.4, {ALONE})")
     chosen, start = masks(model), base(model)
     dense = net()
     train(model, adamw(model), 5)
@@ -329,7 +333,7 @@ def test_a_share_of_the_run_needs_its_length() -> None:
 
 
 def test_the_nuclear_norm_reaches_the_trained_entries() -> None:
-    model, adapter = adapted("sara(quantile=0.5, rank_weight=0.1)")
+    model, adapter = adapted("sara(quantile=0.5, rank_weight=0.1, progressive=None)")
     method: Any = adapter.method
     eligible = [e for e in entries_of(adapter) if method.eligible(e)]
     assert {e.name for e in eligible} == {"up.weight", "mid.weight"}
@@ -341,7 +345,7 @@ def test_the_nuclear_norm_reaches_the_trained_entries() -> None:
     drawn = [method.draw(step, eligible).name for step in range(40)]
     assert set(drawn) == {"up.weight", "mid.weight"}
     assert drawn == [SaRA(method.config).draw(step, eligible).name for step in range(40)]  # type: ignore[union-attr]
-    plain, _ = adapted("sara(quantile=0.5)")
+    plain, _ = adapted(f"sara(quantile=0.5, {ALONE})")
     losses = train(plain, adamw(plain), 1), train(model, adamw(model), 1)
     assert losses[0] == losses[1], "the logged loss has no rank term"
     moved = {e.name: e.values.detach() for e in entries_of(adapter_of(plain))}
@@ -355,7 +359,7 @@ def test_too_few_entries_have_no_nuclear_norm() -> None:
 
 
 def test_clipping_sees_the_gathered_gradient_and_the_rank_term_comes_after_it() -> None:
-    model, adapter = adapted("sara(quantile=0.5, rank_weight=100.0, weight_decay=0.0)")
+    model, adapter = adapted("sara(quantile=0.5, rank_weight=100.0, weight_decay=0.0, progressive=None)")
     x, y = batch()
     F.mse_loss(model(x), y).backward()
     wanted = torch.cat([p.grad for p in adapter.parameters()]).norm()  # type: ignore[misc]
@@ -370,7 +374,7 @@ def test_clipping_sees_the_gathered_gradient_and_the_rank_term_comes_after_it() 
 
 
 def test_mixed_precision_and_a_step_that_the_scaler_skips() -> None:
-    model, adapter = adapted("sara(quantile=0.3, weight_decay=0.5)")
+    model, adapter = adapted(f"sara(quantile=0.3, weight_decay=0.5, {ALONE})")
     x, y = batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = F.mse_loss(model(x).float(), y)
@@ -572,6 +576,32 @@ def test_a_part_loads_sizes_of_its_own_without_the_adapter_being_chosen_again(tm
     ps.load(other, tmp_path, anatomy=ANATOMY, check="shapes")
     assert {n: m.tolist() for n, m in masks(other).items()} == {n: m.tolist() for n, m in masks(model).items()}
     assert all(isinstance(p, SparseValues) for _, p in adapter_of(other).parts())
+
+
+@pytest.mark.parametrize("spec", ["sara(budget=300)", {"name": "subset", "of": "sara(budget=300)", "off": ["mid"]}])
+def test_a_file_is_loaded_without_ranking_the_weights(tmp_path: Path, monkeypatch: Any, spec: Any) -> None:
+    model = ps.adapt(net(), spec, anatomy=ANATOMY)
+    randomise(adapter_of(model))
+    ps.save(model, tmp_path)
+
+    def ranked(*_: Any) -> None:
+        raise AssertionError("the positions are in the file")
+
+    monkeypatch.setattr(SaRA, "choose", ranked)
+    fresh = ps.load(net(), tmp_path, anatomy=ANATOMY)
+    same, wanted = effective(fresh), effective(model)
+    assert all(torch.equal(same[n], w) for n, w in wanted.items())
+    with pytest.raises(AssertionError, match="in the file"):
+        ps.adapt(net(), spec, anatomy=ANATOMY)
+
+
+def test_fake_weights_are_planned_and_not_adapted() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = Net()
+        found = ps.plan(fake, "sara(budget=300)", anatomy=ANATOMY)
+        assert found.trainable == ps.plan(net(), "sara(budget=300)", anatomy=ANATOMY).trainable == 300
+        with pytest.raises(UnsupportedError, match="not loaded"):
+            ps.adapt(fake, "sara(budget=300)", anatomy=ANATOMY)
 
 
 # ---- in the training loop --------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from diffusion_parts import (
     tiny_unet,
     tiny_vae,
 )
+from safetensors.torch import load_file
 from torch.nn import functional
 
 import peft_suite as ps
@@ -35,6 +36,7 @@ from peft_suite.train import RunConfig, open_adapter, run
 from peft_suite.train.averaging import Average, decay_at
 from peft_suite.train.loader import global_batches
 from peft_suite.train.running import run_once
+from peft_suite.train.state import read_checkpoint
 
 RECIPE = {"epochs": 2, "batch_size": 2, "lr": 1e-3, "warmup_epochs": 0}
 QUIET = {"pictures": 0, "encode_device": "cpu"}
@@ -110,31 +112,63 @@ class Killed(BaseException):
     """As sudden as SIGKILL: nothing is written any more."""
 
 
-def test_killed_and_resumed_is_the_same_run(tmp_path, monkeypatch):
+def kill(settings: RunConfig, at: int, monkeypatch) -> None:
+    """Run until the training set is asked for its sample number ``at``."""
     from peft_suite.diffusion.drawing import Draws
 
+    own, served = Draws.__getitem__, iter(range(10**6))
+
+    def deadly(self, index):
+        if self.train and next(served) == at:
+            raise Killed
+        return own(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Draws, "__getitem__", deadly)
+        with pytest.raises(Killed):
+            run_once(settings, progress=False)
+
+
+def test_killed_and_resumed_is_the_same_run(tmp_path, monkeypatch):
     settings = {
         "recipe": {"epochs": 3, "ema": 0.95, "max_steps": 8},
         "data": {"noise_offset": 0.1, "random_flip": True},
     }
     whole = run_once(micro(tmp_path / "whole", **settings), progress=False)
-    own, served = Draws.__getitem__, iter(range(10**6))
-
-    def deadly(self, index):
-        if self.train and next(served) == 30:
-            raise Killed
-        return own(self, index)
-
-    monkeypatch.setattr(Draws, "__getitem__", deadly)
-    with pytest.raises(Killed):
-        run_once(micro(tmp_path / "killed", **settings), progress=False)
-    monkeypatch.undo()
+    kill(micro(tmp_path / "killed", **settings), 30, monkeypatch)
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "running"
     resumed = run_once(micro(tmp_path / "killed", **settings), resume=True, progress=False)
     assert losses(resumed) == losses(whole) and len(whole.history) == 3
     assert [h["step"] for h in resumed.history] == [3, 6, 8]
     assert resumed.metrics == whole.metrics
     files = [next(r.adapter.glob("*.safetensors")) for r in (whole, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("method", ["sara(budget='2K')", "lora", "difffit"])
+def test_bf16_stays_near_float32_saves_float32_and_resumes(place, tmp_path, monkeypatch, method):
+    def settings(name: str, precision: str, dtype: str = "float32") -> RunConfig:
+        data = {"pictures": int(dtype != "float32"), "picture_steps": 1}
+        backbone = {"options": {"dtype": dtype}}
+        recipe = {"precision": precision, "max_steps": 4}
+        return config(place, tmp_path / name, data, backbone, method=method, recipe=recipe)
+
+    plain = run_once(settings("plain", "no"), progress=False)
+    results = [run_once(settings("autocast", "bf16"), progress=False)]
+    sparse = pytest.warns(UserWarning, match="Chosen entries of bfloat16 weights")
+    with sparse if method.startswith("sara") else contextlib.nullcontext():
+        results.append(run_once(settings("weights", "no", "bfloat16"), progress=False))
+    assert len(results[1].record["pictures"]) == 2
+    for result in results:
+        assert losses(result) == pytest.approx(losses(plain), rel=3e-3) and losses(result) != losses(plain)
+        assert result.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=3e-3)
+        tensors = load_file(next(result.adapter.glob("*.safetensors")))
+        assert {t.dtype for t in tensors.values()} <= {torch.float32, torch.int32}
+        assert all(bool(t.isfinite().all()) for t in tensors.values())
+    kill(settings("killed", "bf16"), 7, monkeypatch)
+    resumed = run_once(settings("killed", "bf16"), resume=True, progress=False)
+    assert losses(resumed) == losses(results[0])
+    files = [next(r.adapter.glob("*.safetensors")) for r in (results[0], resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -457,6 +491,26 @@ def test_weights_of_one_file_in_a_folder_of_everything_else(place, tmp_path):
         )
     with pytest.raises(FileFormatError, match=r"bad.safetensors cannot be read as a checkpoint"):
         backbones.build(str(tmp_path / "bad.safetensors"), 0, pretrained=True, checkpoint="", options={})
+
+
+def test_eight_bit_moments_train_and_resume(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    own = {
+        "method": "sara(budget='100K', progressive=0.5, reset_state=True)",
+        "recipe": {"optimizer": "bitsandbytes.optim:AdamW8bit", "lr": 1e-2},
+    }
+    usual = {**own, "recipe": {**own["recipe"], "optimizer": "adamw"}}
+    plain = run_once(micro(tmp_path / "plain", **usual), progress=False)
+    whole = run_once(micro(tmp_path / "whole", **own), progress=False)
+    assert losses(whole) == pytest.approx(losses(plain), rel=1e-2) and losses(whole) != losses(plain)
+    state = read_checkpoint(tmp_path / "whole" / "checkpoint" / "state.safetensors")["optimizer"]["state"]
+    inner = [part for s in state.values() for part in s.values() if isinstance(part, dict)]  # wrapped for FSDP
+    assert any(part["state1"].dtype == torch.uint8 for part in inner)
+    kill(micro(tmp_path / "killed", **own), 28, monkeypatch)
+    resumed = run_once(micro(tmp_path / "killed", **own), resume=True, progress=False)
+    assert losses(resumed) == losses(whole)
+    files = [next(r.adapter.glob("*.safetensors")) for r in (whole, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_settings_without_meaning_are_refused(place, tmp_path):

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils.hooks import RemovableHandle
 
 from peft_suite.adapter import Adapter
@@ -57,10 +58,10 @@ class SaRAConfig(MethodConfig):
             20 and 50 million.
         quantile: share of all entries, smallest first.
         budget: number of entries, smallest first: 5000000, "5M" or "250k". Met exactly.
-        rank_weight: lambda of the nuclear norm; 0 switches it off. The paper has 5e-3, its script 5e-4.
+        rank_weight: lambda of the nuclear norm; 0 switches it off. The paper's, its script has 5e-4.
         rank_min: matrices with ``min(shape) > rank_min`` take part; convolutions never do.
-        progressive: when to look again: a step (the paper: half of the steps), or a share of the run such as 0.5 (a
-            loop of your own then calls ``events(model).begin(steps)``); None: never.
+        progressive: when to look again: a share of the run, half of it in the paper (a loop of your own then calls
+            ``events(model).begin(steps)``), or a step; None: never.
         reset_state: forget the optimizer's state of all entries then, as the published optimizer does.
         skip_step: make no update in that step, as it does.
         weight_decay: of the learned values p themselves, decoupled as in AdamW; the paper's default. It acts through
@@ -74,9 +75,9 @@ class SaRAConfig(MethodConfig):
     threshold: float | None = None
     quantile: float | None = None
     budget: int | float | str | None = None
-    rank_weight: float = 0.0
+    rank_weight: float = 5e-3
     rank_min: int = 64
-    progressive: int | float | None = None
+    progressive: int | float | None = 0.5
     reset_state: bool = False
     skip_step: bool = False
     weight_decay: float = 0.01
@@ -154,7 +155,8 @@ class SaRA(Method[SaRAConfig]):
 
         Raises:
             ConfigError: none of threshold, quantile and budget is given.
-            UnsupportedError: no layer can be reached, a budget above all there is, a threshold below everything, NaN.
+            UnsupportedError: no layer can be reached, a budget above all there is, a threshold below everything, NaN,
+                weights that are not loaded.
         """
         config = self.config
         if config.threshold is None and config.quantile is None and config.budget is None:
@@ -166,16 +168,20 @@ class SaRA(Method[SaRAConfig]):
         self.left_out, self.sizes = tuple(left), sum(t.numel() for t in tensors.values())
         if not tensors:
             raise UnsupportedError(f"sara finds no weights on {anatomy.family} whose entries it could choose.")
-        self.without_weights = any(t.is_meta for t in tensors.values())
-        if self.without_weights:
+        self.without_weights = not edit.stored and any(t.is_meta or is_fake(t) for t in tensors.values())
+        if edit.stored:
+            chosen: dict[str, Tensor] = {}  # the file has them
+        elif self.without_weights:
+            if edit.device.type != "meta":
+                raise UnsupportedError("sara cannot rank weights that are not loaded. Load them first, then adapt.")
             if (self._count() or 0) > self.sizes:
                 smallest(tensors, self._count() or 0, self.name)  # says so
-            if config.threshold is not None and edit.device.type == "meta":
+            if config.threshold is not None:
                 warnings.warn(
                     "How many weights lie below the threshold is unknown before they are loaded; they are not counted.",
                     stacklevel=2,
                 )
-            chosen: dict[str, Tensor] = {}
+            chosen = {}
         else:
             with torch.device("cpu"):
                 chosen = self.choose(tensors)
@@ -183,7 +189,7 @@ class SaRA(Method[SaRAConfig]):
         for part in attach(edit, tensors, chosen, "sara", form=config.form, settling=settling):
             if config.official:
                 part.keep(compact=part.compact, mirrored=True)
-        self.found = self._told(chosen, left)
+        self.found = "" if edit.stored else self._told(chosen, left)
 
     def choose(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name -> chosen positions of every tensor."""

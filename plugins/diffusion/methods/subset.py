@@ -107,7 +107,7 @@ class _Narrowed(Editor):
     """Writes into another editor's lists what is not off; ``met`` are the paths of ``off`` that held something."""
 
     def __init__(self, edit: Editor, config: SubsetConfig) -> None:
-        super().__init__(edit.model, edit.anatomy, edit.device)
+        super().__init__(edit.model, edit.anatomy, edit.device, stored=edit.stored)
         self.edits, self._owned, self._left = edit.edits, edit._owned, edit._left
         self.off, self.containing = config.off, config.containing
         self.met: set[str] = set()
