@@ -165,6 +165,8 @@ def test_bf16_stays_near_float32_saves_float32_and_resumes(place, tmp_path, monk
         tensors = load_file(next(result.adapter.glob("*.safetensors")))
         assert {t.dtype for t in tensors.values()} <= {torch.float32, torch.int32}
         assert all(bool(t.isfinite().all()) for t in tensors.values())
+    if not method.startswith("sara"):  # the one with state of its own beside the optimizer's
+        return
     kill(settings("killed", "bf16"), 7, monkeypatch)
     resumed = run_once(settings("killed", "bf16"), resume=True, progress=False)
     assert losses(resumed) == losses(results[0])
