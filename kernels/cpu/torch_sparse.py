@@ -1,8 +1,8 @@
 """Sparse weight changes and digit counts in plain torch: always there, on CPU and GPU.
 
-The value gradient on CPU is a sampled product: only the chosen entries of gᵀx are computed, token chunk by token chunk
-(band by band for convolutions), so that neither the dense gradient nor tokens × entries numbers exist. On GPUs the
-dense product of one layer is cheaper than gathering; it lives for that layer only.
+The value gradient on CPU is a sampled product, but for small weights: only the chosen entries of gᵀx are computed, token
+chunk by token chunk (band by band for convolutions), so that neither the dense gradient nor tokens × entries numbers
+exist. On GPUs the dense product of one layer is cheaper than gathering; it lives for that layer only.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = [
 
 PIECE_BYTES = 8 << 20  # of the changed weight on CPU at a time: large blocks leave holes in the heap
 SAMPLE_ELEMENTS = 1 << 20  # operand elements of one sampled product
+SAMPLE_LEAST = 1 << 16  # elements of a weight below which the dense product is faster on CPU
 SAMPLE_DENSITY = 0.1  # above this share of entries the dense product is faster on CPU (benchmarks/kernels/sparse.py)
 MOST_GROUPS = 8  # of a convolution that is sampled group by group
 
@@ -155,7 +156,7 @@ def _quiet() -> None:
 
 
 def _samples(index: Tensor, total: int) -> bool:
-    return index.device.type == "cpu" and index.numel() <= SAMPLE_DENSITY * total
+    return index.device.type == "cpu" and total >= SAMPLE_LEAST and index.numel() <= SAMPLE_DENSITY * total
 
 
 def sddmm(a: Tensor, b: Tensor, index: Tensor) -> Tensor:

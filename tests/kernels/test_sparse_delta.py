@@ -31,6 +31,12 @@ from peft_suite.kernels.ops import sparse as ops
 from peft_suite.kernels.reference import sparse as reference
 
 
+@pytest.fixture(autouse=True)
+def small_weights_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the dense product is taken for weights of the sizes here."""
+    monkeypatch.setattr(torch_sparse, "SAMPLE_LEAST", 0)
+
+
 @pytest.fixture(params=["torch", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with dispatch.use_backend(request.param):
@@ -340,6 +346,21 @@ def test_dense_tensors_live_for_one_layer_only(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch_sparse, "_thread", threading.local())
     assert unit <= peak_bytes(run) < dense + 1.5 * unit
     assert torch_sparse._thread.buffer.numel() == unit
+
+
+@pytest.mark.parametrize("least", [0, 1 << 16])
+def test_small_weights_take_the_dense_product(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    monkeypatch.setattr(torch_sparse, "SAMPLE_LEAST", least)
+    sampled: list[int] = []
+    add = torch_sparse._Sampled.add
+    monkeypatch.setattr(torch_sparse._Sampled, "add", lambda self, p, q: (sampled.append(1), add(self, p, q))[1])
+    x, w, v, i, b = case((64, 48), (30, 48), 0.05)
+    compare(lambda: sparse_delta_linear(x, w, v, i, b), lambda: F.linear(x, dense(w, v, i), b), [x, v, b])
+    x, w, v, i, b = case((8, 4, 3, 3), (2, 4, 9, 7), 0.05)
+    compare(
+        lambda: sparse_delta_conv2d(x, w, v, i, b, padding=1), lambda: F.conv2d(x, dense(w, v, i), b, padding=1), [x, v]
+    )
+    assert bool(sampled) is (least == 0)
 
 
 def test_every_thread_has_its_own_place_for_the_changed_weight() -> None:
