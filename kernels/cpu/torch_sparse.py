@@ -1,8 +1,8 @@
 """Sparse weight changes and digit counts in plain torch: always there, on CPU and GPU.
 
 The value gradient on CPU is a sampled product, but for small weights: only the chosen entries of gᵀx are computed,
-token chunk by token chunk (band by band for convolutions), so that neither the dense gradient nor tokens × entries numbers
-exist. On GPUs the dense product of one layer is cheaper than gathering; it lives for that layer only.
+token chunk by token chunk (band by band for convolutions), so that neither the dense gradient nor tokens × entries
+numbers exist. On GPUs the dense product of one layer is cheaper than gathering; it lives for that layer only.
 """
 
 from __future__ import annotations
