@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from peft_suite.diffusion.drawing import Clean
 from peft_suite.diffusion.listing import Listing, Sample
 from peft_suite.errors import ConfigError, DataError
 
-__all__ = ["EMPTY", "Condition", "check_condition", "labels_of"]
+__all__ = ["EMPTY", "Condition", "check_condition", "labels_of", "one_of"]
 
 Facts = Mapping[str, Any]
 EMPTY = ""
@@ -50,16 +50,18 @@ class Condition:
             label = self.null if sample is None else self.labels[sample.label]
             return {"class_labels": torch.tensor(int(label))}  # type: ignore[arg-type]
         assert self.texts is not None
-        choices = (EMPTY,) if sample is None else self.captions(sample)
-        pick = 0
-        if draw is not None and len(choices) > 1:
-            pick = int(torch.randint(len(choices), (), generator=draw))
-        found = dict(self.texts[choices[pick]])
+        found = dict(self.texts[one_of((EMPTY,) if sample is None else self.captions(sample), draw)])
         if self.sized:
             found["time_ids"] = torch.tensor(clean.size, dtype=torch.float32)
         if self.guidance is not None:
             found["guidance"] = torch.tensor(self.guidance)
         return found
+
+
+def one_of(texts: Sequence[str], draw: torch.Generator | None) -> str:
+    """A text at random; the first where ``draw`` is None."""
+    several = draw is not None and len(texts) > 1
+    return texts[int(torch.randint(len(texts), (), generator=draw)) if several else 0]
 
 
 def labels_of(config: DiffusionDataConfig, listing: Listing, facts: Facts) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_suite.diffusion.conditioning import EMPTY, one_of
 from peft_suite.diffusion.conditions import family_of
 from peft_suite.diffusion.data import DiffusionDataConfig
 from peft_suite.diffusion.drawing import Clean
@@ -70,12 +71,8 @@ class Sentences:
         return found
 
     def __call__(self, sample: Sample | None, clean: Clean, draw: torch.Generator | None) -> dict[str, Tensor]:
-        choices = ("",) if sample is None else self.captions(sample)
-        pick = 0
-        if draw is not None and len(choices) > 1:
-            pick = int(torch.randint(len(choices), (), generator=draw))
         ids: Tensor = self.tokenizer(
-            choices[pick],
+            one_of((EMPTY,) if sample is None else self.captions(sample), draw),
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,

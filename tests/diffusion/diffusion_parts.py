@@ -64,6 +64,18 @@ def tiny_unet(channels: tuple[int, int] = (32, 64), groups: int = 8, condition: 
     return UNet2DConditionModel(**{**settings, **changes}).eval()
 
 
+def tiny_sdxl_unet() -> Any:
+    """One that reads sizes and a pooled text of 16 numbers too."""
+    return tiny_unet(
+        (8, 16),
+        groups=2,
+        condition=64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+
+
 def tiny_sd3(layers: int = 1, **changes: Any) -> Any:
     """A Stable Diffusion 3 transformer: 4 heads of 8, latents of 8x8, 40,848 parameters."""
     from diffusers import SD3Transformer2DModel
@@ -211,14 +223,7 @@ def tiny_family(kind: str, folder: str | Path, seed: int = 0) -> Path:
         if kind in ("sd3", "flux"):
             vae.register_to_config(shift_factor=0.1)
         if kind == "sdxl":
-            unet = tiny_unet(
-                (8, 16),
-                groups=2,
-                condition=64,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=6 * 8 + 16,
-            )
+            unet = tiny_sdxl_unet()
             encoders = {"text_encoder": tiny_text_encoder(), "text_encoder_2": projecting()}
             scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear")
             pipe = diffusers.StableDiffusionXLPipeline(
